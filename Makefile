@@ -1,0 +1,36 @@
+# Two commands: `make demo` shows what optfuse does, `make test` proves that it does it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: demo test check format benchmark clean
+
+demo: $(VENV)/installed
+	$(BIN)/optfuse optimize models/googlenet.py:build \
+	    --engine torch --engine onnxruntime --engine tensorrt-rtx --target sm_89 \
+	    --output out/googlenet
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/installed
+	$(BIN)/python -m benchmarks.driver_scaling
+	$(BIN)/python -m benchmarks.export_time
+	$(BIN)/python -m benchmarks.peak_memory
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,rtx,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

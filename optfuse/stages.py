@@ -1,0 +1,302 @@
+"""The nouns of the pipeline: one frozen dataclass for what stands between two of its arrows.
+
+    Source -> LoadedModel -> Program -> Program' -> Artifact -> Measurement + Drift -> Report
+
+Nothing here computes anything beyond what its own fields say, and nothing here imports torch, so
+that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Variant = Literal["baseline", "optimized", "control"]
+"""Which file a number is about: the export as it comes, ours, or the A/A control (the export as it
+comes, opened a second time)."""
+
+Notify = Callable[[str, float | None], None]
+"""Told what is going on: a description, and the fraction done where it is known."""
+
+
+def silent(_description: str, _fraction: float | None = None) -> None:
+    """A `Notify` that says nothing."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One `--input [NAME=]SHAPE[:DTYPE]`: an input's name (if given), shape and dtype name."""
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, as the user typed it.
+
+    Attributes:
+        text: the SOURCE argument, e.g. `models/googlenet.py:build` or `timm:resnet18`.
+        weights: a `.safetensors`, `.pt` or `.pth` file, or None for the model's own weights.
+        inputs: example inputs, or empty to use the source's `example_inputs()`.
+        seed: seeds every random choice made while loading.
+        trust: the user accepts that unpickling the weights file can run code.
+    """
+
+    text: str
+    weights: Path | None = None
+    inputs: tuple[InputSpec, ...] = ()
+    seed: int = 0
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, with inputs that fit it.
+
+    Attributes:
+        name: a short name for reports, e.g. `googlenet`.
+        module: the model itself; its parameters are the user's own and are never written.
+        example_args: positional inputs of `forward`.
+        example_kwargs: keyword inputs of `forward`.
+        dynamic_shapes: as torch.export takes them, or None for static shapes.
+    """
+
+    name: str
+    module: torch.nn.Module
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the graph where a pass matched: the node's name and what was done there."""
+
+    site: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A place in the graph that a pass left alone, and the reason as a user understands it."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done to a program.
+
+    Attributes:
+        stage: `capture`, `pass`, `round` or `export`.
+        name: of the pass, or of what was done.
+        settings: the options it ran with.
+        seconds: wall time, the proof included.
+        operators_before, operators_after: operator counts around it.
+        sites: every place it matched.
+        refused: every place it left alone, with the reason.
+        relative_l2: distance in float64 between the program before and after, the proof; None
+            where nothing was rewritten.
+        undone: why the step was taken back, or None where it stands.
+    """
+
+    stage: str
+    name: str
+    seconds: float
+    operators_before: int
+    operators_after: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sites: tuple[Site, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    relative_l2: float | None = None
+    undone: str | None = None
+
+    @property
+    def matched(self) -> int:
+        """How many places were rewritten."""
+        return len(self.sites)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model: functional ATen, parameters as `get_attr`.
+
+    Attributes:
+        name: a short name for reports.
+        graph_module: what every pass reads and rewrites.
+        exported: the same program as torch.export gives it, what ONNX is exported from.
+        example_args, example_kwargs: inputs it runs on.
+        dynamic_shapes: as torch.export takes them, or None.
+        trace: everything that was done to it so far.
+    """
+
+    name: str
+    graph_module: torch.fx.GraphModule
+    exported: torch.export.ExportedProgram
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+    trace: tuple[Step, ...] = ()
+
+    def with_step(self, step: Step) -> Program:
+        """The same program with one more step in its trace."""
+        return replace(self, trace=(*self.trace, step))
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of a built engine.
+
+    Attributes:
+        name: as the engine names it.
+        kind: its type, e.g. `correlation`.
+        nodes: the ONNX nodes that went into it.
+        details: anything else the builder says of it, as text.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...] = ()
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What an engine's builder said of the engine it built.
+
+    Attributes:
+        engine: the backend's name.
+        target: e.g. `sm_89`, or the name of the device it was built on.
+        variant: which ONNX file it was built from.
+        layers: every layer, in the builder's order.
+        activation_bytes, weight_bytes: memory as the builder reports it, or None.
+        size_bytes: of the engine file.
+        build_seconds: wall time of the build.
+        not_measured: why there is no latency of it, or None.
+    """
+
+    engine: str
+    target: str
+    variant: Variant
+    layers: tuple[EngineLayer, ...]
+    activation_bytes: int | None
+    weight_bytes: int | None
+    size_bytes: int
+    build_seconds: float
+    not_measured: str | None = None
+
+    @property
+    def layers_by_type(self) -> dict[str, int]:
+        """How many layers there are of each kind, the most frequent first."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            counts[layer.kind] = counts.get(layer.kind, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file on disk.
+
+    Attributes:
+        path: where it is.
+        kind: `onnx`, `engine` or `report`.
+        sha256: of the file's bytes (of the main file, where weights lie in a second one).
+        size_bytes: with its external data.
+        variant: which program it holds.
+        input_names, output_names: in the program's order; empty where it has none.
+        trace: everything that was done to the program in it.
+    """
+
+    path: Path
+    kind: Literal["onnx", "engine", "report"]
+    sha256: str
+    size_bytes: int
+    variant: Variant = "optimized"
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    trace: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is built and run.
+
+    Attributes:
+        targets: compute capabilities to build ahead of time for, e.g. `("sm_89",)`; empty builds
+            for the device that is here.
+        threads: of a CPU engine, the same for every engine.
+        cache: a folder that keeps timing caches between builds, or None for none.
+    """
+
+    targets: tuple[str, ...] = ()
+    threads: int = 1
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Raw latency samples of one variant on one engine, warm-up excluded.
+
+    Attributes:
+        engine: the backend's name.
+        variant: which program ran.
+        device: what really ran it, e.g. `cpu` or `NVIDIA H200`.
+        blocks: milliseconds of every run, grouped by the interleaved block it ran in. Block i of
+            one measurement was run next to block i of every other of the same call, so that they
+            can be paired.
+    """
+
+    engine: str
+    variant: Variant
+    device: str
+    blocks: tuple[tuple[float, ...], ...]
+
+    @property
+    def samples_ms(self) -> tuple[float, ...]:
+        """All samples in the order they were taken, milliseconds."""
+        return tuple(sample for block in self.blocks for sample in block)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.samples_ms)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The distance of one engine's outputs to a named reference, over all outputs together.
+
+    Attributes:
+        engine, variant: whose outputs.
+        reference: what they were compared with, e.g. `float64 program`.
+        relative_l2: ||y - ref|| / ||ref||.
+        max_abs_over_max_ref: max |y - ref| / max |ref|.
+        cosine: of the angle between y and ref.
+        sqnr_db: signal to quantisation noise, 20 log10(||ref|| / ||y - ref||); None when exact.
+        nonfinite: how many elements are NaN or infinite where the reference is finite.
+        top1_agreement: share of rows with the same argmax, where an output looks like logits.
+    """
+
+    engine: str
+    variant: Variant
+    reference: str
+    relative_l2: float
+    max_abs_over_max_ref: float
+    cosine: float
+    sqnr_db: float | None
+    nonfinite: int
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run as one versioned JSON document; every rendering shows this and nothing else."""
+
+    document: Mapping[str, Any]
