@@ -1,0 +1,122 @@
+"""The engines: one file each, and the one visible table of them.
+
+An engine never times anything: `optfuse.measure` times all of them the same way. Adding one takes
+one file and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from typing_extensions import Self
+
+    from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
+
+BACKENDS = {
+    "torch": "optfuse.backends.torch_eager",
+    "onnxruntime": "optfuse.backends.onnx_runtime",
+    "tensorrt": "optfuse.backends.tensorrt",
+    "tensorrt-rtx": "optfuse.backends.tensorrt_rtx",
+}
+"""Name on the command line -> the module that holds its `BACKEND`. A module is imported only when
+its engine is asked for, and imports its own package only inside functions."""
+
+
+class Session(Protocol):
+    """A program that is loaded and ready to run: a context manager that frees what it holds.
+
+    Tensors cross this border as CPU torch tensors, in the program's order of inputs and outputs.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    device: str
+    """What really runs it; a silent fall-back is an EngineError in `open`."""
+
+    def bind(self, feeds: Sequence[torch.Tensor]) -> None:
+        """Hand over the inputs, outside the timed region."""
+
+    def run(self) -> None:
+        """Run once on the bound inputs and wait until the result is there."""
+
+    def fetch(self) -> list[torch.Tensor]:
+        """The outputs of the last run, on the CPU."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Backend(Protocol):
+    """An engine that can build and run a program."""
+
+    name: str
+    consumes: Literal["onnx", "program"]
+    builds: bool
+    """Whether `build` makes a file of its own."""
+
+    def unavailable(self) -> str | None:
+        """None where `open` and `build` can work here, else one or two sentences that name the
+        missing thing and the exact line that installs it. Imports no heavy package."""
+
+    def version(self) -> str | None:
+        """The engine package's version, None where it isn't installed."""
+
+    def cannot_run(self) -> str | None:
+        """None where `open` can work here, else why not, e.g. `no GPU`: an engine may build where
+        it cannot run."""
+
+    def check_target(self, target: str) -> None:
+        """Called for an engine that builds, before any work is done.
+
+        Raises:
+            UsageError: it cannot build for `target`, e.g. `sm_90`.
+        """
+
+    def build(
+        self, artifact: Artifact, options: BuildOptions, directory: Path
+    ) -> list[tuple[Artifact, EngineReport]]:
+        """Build one engine a target into `directory`; empty where the engine has no build step.
+
+        Raises:
+            EngineError: with the builder's own reason in one sentence.
+            OutputError: the engine cannot be written.
+        """
+
+    def open(self, program: Artifact | Program, options: BuildOptions) -> Session:
+        """Load an artifact (or, for an engine that consumes programs, a Program).
+
+        Raises:
+            EngineError: when it cannot be loaded, or another device than asked would run it.
+        """
+
+
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from optfuse.errors import UsageError
+
+    if name not in BACKENDS:
+        raise UsageError(
+            f"There is no engine '{name}'",
+            f"The engines are {', '.join(BACKENDS)}",
+            "Choose one of them, or run 'optfuse engines' to see which work here",
+        )
+    module: Any = import_module(BACKENDS[name])
+    backend: Backend = module.BACKEND
+    return backend

@@ -1,0 +1,270 @@
+"""One contract for every engine: all in BACKENDS are taken through the same assertions.
+
+A test that needs an engine that is not here is skipped with the engine's own reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from optfuse.backends import BACKENDS, Backend, Session, get
+from optfuse.errors import EngineError, UsageError
+from optfuse.stages import Artifact, BuildOptions, Program
+
+# torch.export copies a tree specification in a way that PyTorch itself warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+OPTIONS = BuildOptions(threads=1)
+INPUTS, OUTPUTS = ("image", "scale"), ("features", "logits")
+
+
+class Contract(nn.Module):
+    """Two inputs of different shapes, two outputs in an order that a swap would break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, image: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = torch.relu(self.convolution(image)) * scale
+        return features, self.linear(features.mean((2, 3)))
+
+
+def feeds(seed: int) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 9, 7, generator=random), torch.rand(8, 1, 1, generator=random) + 0.5]
+
+
+def artifact_of(path: Path) -> Artifact:
+    data = path.read_bytes()
+    return Artifact(
+        path,
+        "onnx",
+        hashlib.sha256(data).hexdigest(),
+        len(data),
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Contract().eval()
+
+
+@pytest.fixture(scope="module")
+def program(model: nn.Module) -> Program:
+    exported = torch.export.export(model, tuple(feeds(0))).run_decompositions({})
+    graph_module = exported.module(check_guards=False)
+    return Program("contract", graph_module, exported, tuple(feeds(0)))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    path = tmp_path_factory.mktemp("contract") / "model.onnx"
+    exported = torch.onnx.export(
+        program.exported, input_names=INPUTS, output_names=OUTPUTS, verbose=False, dynamo=True
+    )
+    assert exported is not None
+    exported.save(path)
+    return artifact_of(path)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return get(request.param)
+
+
+@pytest.fixture
+def runnable(backend: Backend) -> Backend:
+    """The engine, where it can run here."""
+    if reason := backend.unavailable() or backend.cannot_run():
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.fixture
+def session(
+    runnable: Backend, program: Program, onnx_file: Artifact, tmp_path: Path
+) -> Iterator[Session]:
+    opened: Artifact | Program = program if runnable.consumes == "program" else onnx_file
+    if runnable.builds:
+        ((opened, _),) = runnable.build(onnx_file, OPTIONS, tmp_path)
+    with runnable.open(opened, OPTIONS) as session:
+        yield session
+
+
+# --- What holds where the engine is missing, too
+
+
+def test_an_engine_goes_by_the_name_it_is_listed_under() -> None:
+    for name in BACKENDS:
+        assert get(name).name == name
+        assert get(name).consumes in ("onnx", "program")
+
+
+def test_an_unknown_engine_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(UsageError, match="There is no engine 'tensorflow'") as caught:
+        get("tensorflow")
+    assert all(name in caught.value.cause for name in BACKENDS)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_engine_names_the_line_that_installs_it(backend: Backend) -> None:
+    reason = backend.unavailable()
+    assert (backend.version() is None) == (reason is not None)
+    assert reason is None or ("pip install" in reason and "\n" not in reason)
+
+
+def test_a_reason_not_to_run_is_one_line(backend: Backend) -> None:
+    reason = backend.cannot_run()
+    assert reason is None or (reason.strip() == reason != "" and "\n" not in reason)
+
+
+def test_asking_what_is_here_imports_neither_torch_nor_an_engine() -> None:
+    program = (
+        "import sys; from optfuse.backends import BACKENDS, get\n"
+        "for name in BACKENDS: get(name).unavailable(), get(name).version()\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'}"
+        " & set(sys.modules)))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_an_engine_without_a_build_step_builds_nothing(
+    backend: Backend, onnx_file: Artifact, tmp_path: Path
+) -> None:
+    if backend.builds:
+        pytest.skip(f"{backend.name} has a build step")
+    assert backend.build(onnx_file, OPTIONS, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- What a session does
+
+
+def test_a_session_computes_what_the_model_computes(session: Session, model: nn.Module) -> None:
+    session.bind(feeds(1))
+    session.run()
+    outputs = session.fetch()
+    with torch.inference_mode():
+        expected = model(*feeds(1))
+    assert len(outputs) == len(session.outputs) == 2
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert output.device.type == "cpu"
+        # float32 sums of 27 and of 63 products in another order: some 1e-6 of the values' size.
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_session_names_its_inputs_in_order(session: Session) -> None:
+    assert session.inputs == INPUTS
+
+
+def test_a_session_says_what_runs_it(session: Session) -> None:
+    on_gpu = torch.cuda.is_available() and torch.cuda.get_device_name(0)
+    assert session.device in ("cpu", on_gpu)
+
+
+def test_new_inputs_give_new_outputs_and_old_inputs_the_old_ones(session: Session) -> None:
+    results = []
+    for seed in (1, 2, 1):
+        session.bind(feeds(seed))
+        session.run()
+        results.append(session.fetch())
+    assert not torch.equal(results[0][0], results[1][0])
+    # The same engine on the same input: 1e-6 allows for a reduction with atomics on a GPU.
+    torch.testing.assert_close(results[0], results[2], rtol=1e-6, atol=1e-6)
+
+
+def test_fetched_outputs_are_the_callers_own(session: Session) -> None:
+    session.bind(feeds(1))
+    session.run()
+    kept = [output.clone() for output in session.fetch()]
+    for output in session.fetch():
+        output.fill_(-1.0)
+    assert all(map(torch.equal, session.fetch(), kept))
+
+
+def test_fetched_outputs_are_not_overwritten_by_the_next_run(session: Session) -> None:
+    session.bind(feeds(1))
+    session.run()
+    outputs = session.fetch()
+    kept = [output.clone() for output in outputs]
+    session.bind(feeds(2))
+    session.run()
+    assert all(map(torch.equal, outputs, kept))
+
+
+def test_a_run_leaves_the_inputs_alone(session: Session) -> None:
+    given = feeds(1)
+    session.bind(given)
+    session.run()
+    session.run()
+    assert all(map(torch.equal, given, feeds(1)))
+
+
+def test_an_input_need_not_be_contiguous(session: Session) -> None:
+    image, scale = feeds(1)
+    session.bind([image, scale])
+    session.run()
+    straight = session.fetch()
+    session.bind([image.mT.contiguous().mT, scale])
+    session.run()
+    # 1e-6: another memory layout may choose another kernel, with another order of summation.
+    torch.testing.assert_close(session.fetch(), straight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_a_wrong_number_of_inputs_is_refused(session: Session, given: int) -> None:
+    with pytest.raises(EngineError) as caught:
+        session.bind((feeds(1) * 2)[:given])
+    assert re.findall(r"\d+", caught.value.cause) == ["2", str(given)]
+    assert caught.value.exit_code == 4
+
+
+def test_a_wrong_dtype_is_refused_by_the_inputs_name(session: Session) -> None:
+    image, scale = feeds(1)
+    with pytest.raises(EngineError, match="input 'scale'") as caught:
+        session.bind([image, scale.double()])
+    assert "float32" in caught.value.cause
+    assert "float64" in caught.value.cause
+
+
+def test_a_wrong_shape_is_refused(session: Session) -> None:
+    image, scale = feeds(1)
+
+    def bind_and_run() -> None:
+        session.bind([image[:, :2].contiguous(), scale])
+        session.run()
+
+    with pytest.raises(EngineError) as caught:
+        bind_and_run()
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_runs_before_it_has_inputs(session: Session) -> None:
+    with pytest.raises(EngineError, match="No inputs were bound"):
+        session.run()
+
+
+def test_what_cannot_be_opened_is_an_engine_error(runnable: Backend, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"this is no model")
+    with pytest.raises(EngineError) as caught:
+        runnable.open(artifact_of(path), OPTIONS)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
