@@ -1,0 +1,79 @@
+"""The report as Markdown, `report.md`: the tables of `rows` as GitHub draws them."""
+
+from __future__ import annotations
+
+import re
+
+from optfuse.report import rows
+from optfuse.stages import Report
+
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})
+_PUNCTUATION = re.compile(
+    r"[\\`*|~$]"
+    # An underscore inside a word, and brackets that are no link, mean nothing to Markdown.
+    r"|(?<![^\W_])_|_(?![^\W_])"
+    r"|\](?=[(\[:])"
+    # What begins a heading, a quotation, a check box or a list, where a line begins.
+    r"|^[#>\[]|^[-+](?=\s)|(?<=^\d)[.)](?=\s)"
+)
+
+
+def render(report: Report) -> str:
+    """The whole report as GitHub-flavored Markdown, ending with a newline."""
+    document = report.document
+    headline, *details = rows.headline(document)
+    warnings = [f"WARNING: {warning}" for warning in rows.warnings(document)]
+    blocks = [
+        f"# {_escaped(headline)}",
+        _list([*details, *warnings, *rows.program_lines(document)]),
+    ]
+    tables = (
+        rows.passes(document),
+        rows.speedups(document),
+        rows.latency(document),
+        rows.drift(document),
+        *rows.engines(document),
+        rows.operators(document),
+        rows.refusals(document),
+        rows.artifacts(document),
+    )
+    blocks += [block for table in tables for block in _section(table)]
+    blocks += [
+        "## Environment",
+        _list(rows.environment(document)) or "Nothing is known of it.",
+        "## Reproduce",
+        _fenced(rows.printable(document["command"])),
+        f"Written {_escaped(rows.printable(document['created']))}.",
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _section(table: rows.Table) -> list[str]:
+    if not table.rows and not table.empty:
+        return []
+    body = _table(table) if table.rows else _escaped(table.empty)
+    return [f"## {_escaped(table.title)}", body, *(_escaped(note) for note in table.notes)]
+
+
+def _table(table: rows.Table) -> str:
+    heading = [column.heading for column in table.columns]
+    rule = ["---:" if column.number else "---" for column in table.columns]
+    lines = [[_escaped(cell) for cell in line] for line in (heading, *table.rows)]
+    lines.insert(1, rule)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _list(lines: list[str]) -> str:
+    return "\n".join(f"- {_escaped(line)}" for line in lines)
+
+
+def _fenced(text: str) -> str:
+    # The fence is longer than any run of backticks inside it.
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return _PUNCTUATION.sub(lambda match: "\\" + match.group(), text).translate(_ENTITIES)

@@ -1,0 +1,562 @@
+"""What every table of the report says: pure functions from the document to rows of text.
+
+The terminal and Markdown draw these and decide nothing. All text that leaves here is free of
+control characters, whatever a model calls its nodes, so that no name can move the cursor, break
+out of a row or reorder a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Document = Mapping[str, Any]
+
+VARIANTS = {
+    "baseline": "as exported",
+    "optimized": "optimized",
+    "control": "as exported (again)",
+}
+"""A variant in the document -> its name in print."""
+
+NONE = "-"
+"""What a cell shows that has no value."""
+
+_MEGABYTE = 1e6
+_FIRST_SITES = 3
+_SHA256_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, with its unit, and how its cells are set.
+
+    Attributes:
+        heading: e.g. `median ms`.
+        number: set to the right and never broken over two lines.
+        verdict: its cells are verdicts, never broken over two lines either.
+    """
+
+    heading: str
+    number: bool = False
+    verdict: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table, ready to be drawn.
+
+    Attributes:
+        title: what it shows.
+        columns: one for each cell of a row.
+        rows: cells as text.
+        empty: the sentence that stands in its place when it has no rows; may be empty.
+        notes: sentences that belong below it.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    empty: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def printable(text: str) -> str:
+    """The text on one line, with everything that is not a visible character or a space written as
+    its escape sequence: newlines, ANSI escapes, direction overrides, lone surrogates."""
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for character in text
+    )
+
+
+def headline(document: Document) -> list[str]:
+    """What happened, in a sentence for the program and one for each engine."""
+    program = document["program"]
+    sentences = [
+        f"{program['name']}: {program['operators_before']} -> {program['operators_after']}"
+        " operators"
+    ]
+    sentences += [_speedup_sentence(row, document["drift"]) for row in _against_export(document)]
+    compared = {row["engine"] for row in _against_export(document)}
+    sentences += [
+        f"{row['engine']} drift {_drift_words(row)}"
+        for row in document["drift"]
+        if row["variant"] == "optimized" and row["engine"] not in compared
+    ]
+    sentences += not_measured(document)
+    if not document["latency"] and not document["not_measured"]:
+        sentences.append("latency not measured")
+    return [printable(sentence) for sentence in sentences]
+
+
+def warnings(document: Document) -> list[str]:
+    """What nobody may overlook: passes that were undone, outputs that are not finite."""
+    undone = [
+        f"{step['name']} was undone: {step['undone']}"
+        for step in document["steps"]
+        if step["undone"]
+    ]
+    nonfinite = [
+        f"{_who(row)} gives {row['nonfinite']} values that are not finite where the reference is"
+        for row in document["drift"]
+        if row["nonfinite"]
+    ]
+    return [printable(sentence) for sentence in (*undone, *nonfinite)]
+
+
+def not_measured(document: Document) -> list[str]:
+    """One line for each latency that is missing, with the reason; the variants share a line."""
+    variants: dict[tuple[str, str, str], list[str]] = {}
+    for row in document["not_measured"]:
+        key = (row["engine"], row["target"] or "", row["reason"])
+        names = variants.setdefault(key, [])
+        if row["variant"] is not None:
+            names.append(VARIANTS[row["variant"]])
+    return [
+        printable(_missing_sentence(engine, target, reason, names))
+        for (engine, target, reason), names in variants.items()
+    ]
+
+
+def program_lines(document: Document) -> list[str]:
+    """The inputs, and parameters and FLOPs before and after."""
+    program = document["program"]
+    inputs = ", ".join(
+        f"{spec['name'] or 'input'} {'x'.join(str(size) for size in spec['shape']) or 'scalar'}"
+        f" {spec['dtype']}"
+        for spec in program["inputs"]
+    )
+    counts = "; ".join(
+        f"{label} {count(program[f'{key}_before'])} -> {count(program[f'{key}_after'])}"
+        for label, key in (("parameters", "parameters"), ("FLOPs", "flops"))
+    )
+    return [printable(line) for line in (f"inputs: {inputs or 'none'}", counts)]
+
+
+def passes(document: Document) -> Table:
+    """What every step did. A pass that is run again until nothing changes is shown again only
+    where it rewrote something."""
+    columns = (
+        Column("pass"),
+        Column("rewritten", number=True),
+        Column("refused", number=True),
+        Column("operators", number=True),
+        Column("proof rel. L2", number=True),
+        Column("time s", number=True),
+    )
+    seen: set[str] = set()
+    rows = []
+    for step in document["steps"]:
+        if step["name"] in seen and not step["matched"] and not step["undone"]:
+            continue
+        seen.add(step["name"])
+        is_pass = step["stage"] == "pass"
+        rows.append(
+            (
+                step["name"],
+                f"{step['matched']}{' undone' if step['undone'] else ''}" if is_pass else NONE,
+                str(len(step["refused"])) if is_pass else NONE,
+                f"{step['operators_before']} -> {step['operators_after']}",
+                distance(step["relative_l2"]),
+                significant(step["seconds"], 2),
+            )
+        )
+    return _table("Passes", columns, rows, empty="No pass was run.")
+
+
+def speedups(document: Document) -> Table:
+    """The paired ratios with their intervals, verdicts and noise floors."""
+    columns = (
+        Column("optimized, on"),
+        Column("against"),
+        Column("times as fast", number=True),
+        Column("verdict", verdict=True),
+        Column("noise floor", number=True),
+    )
+    rows = [
+        (
+            row["engine"],
+            _against(row),
+            _ratio(row),
+            row["verdict"],
+            NONE if row["noise_floor"] is None else times(row["noise_floor"], _decimals(row)),
+        )
+        for row in document["speedups"]
+    ]
+    note = (
+        "Paired ratios of interleaved runs with their confidence intervals; above 1 is faster. "
+        "The noise floor is the baseline against itself."
+    )
+    return _table("Speed-up", columns, rows, notes=(note,) if rows else ())
+
+
+def latency(document: Document) -> Table:
+    """The statistics of every measured variant."""
+    columns = (
+        Column("engine"),
+        Column("variant"),
+        Column("median ms", number=True),
+        Column("p90 ms", number=True),
+        Column("p95 ms", number=True),
+        Column("p99 ms", number=True),
+        Column("runs per s", number=True),
+    )
+    statistics = ("median_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_per_s")
+    rows = [
+        (
+            row["engine"],
+            VARIANTS[row["variant"]],
+            *(significant(row[statistic], 4) for statistic in statistics),
+        )
+        for row in document["latency"]
+    ]
+    return _table("Latency", columns, rows, notes=_conditions(document) if rows else ())
+
+
+def drift(document: Document) -> Table:
+    """How far every variant's outputs are from the reference."""
+    columns = (
+        Column("engine"),
+        Column("variant"),
+        Column("relative L2", number=True),
+        Column("max abs / max ref", number=True),
+        Column("cosine", number=True),
+        Column("SQNR dB", number=True),
+        Column("top-1 equal", number=True),
+        Column("times float32's own", number=True),
+    )
+    rows = [
+        (
+            row["engine"],
+            VARIANTS[row["variant"]],
+            distance(row["relative_l2"]),
+            distance(row["max_abs_over_max_ref"]),
+            NONE if row["cosine"] is None else f"{row['cosine']:.6f}",
+            NONE if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            NONE if row["top1_agreement"] is None else f"{100 * row['top1_agreement']:.1f}%",
+            NONE if row["ratio_to_baseline"] is None else times(row["ratio_to_baseline"]),
+        )
+        for row in document["drift"]
+    ]
+    references = dict.fromkeys(row["reference"] for row in document["drift"])
+    notes = [f"The reference is the {reference}." for reference in references]
+    return _table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
+
+
+def engines(document: Document) -> list[Table]:
+    """One table for each engine and target, with the variants side by side."""
+    targets = dict.fromkeys((row["engine"], row["target"]) for row in document["engines"])
+    return [
+        _engine(
+            f"{engine} {target}",
+            {
+                row["variant"]: row
+                for row in document["engines"]
+                if (row["engine"], row["target"]) == (engine, target)
+            },
+        )
+        for engine, target in targets
+    ]
+
+
+def operators(document: Document) -> Table:
+    """How many operators of each type there are before and after, where that changed."""
+    columns = (Column("operator"), Column("before", number=True), Column("after", number=True))
+    program = document["program"]
+    before, after = program["operators_by_type_before"], program["operators_by_type_after"]
+    kinds = sorted({*before, *after}, key=lambda kind: (-before.get(kind, 0), kind))
+    rows = [
+        (kind, str(before.get(kind, 0)), str(after.get(kind, 0)))
+        for kind in kinds
+        if before.get(kind, 0) != after.get(kind, 0)
+    ]
+    return _table("Operators", columns, rows, empty="No operator count changed.")
+
+
+def refusals(document: Document, limit: int | None = None) -> Table:
+    """Why a pass left a place alone: grouped by reason, the most frequent first.
+
+    Args:
+        document: the report.
+        limit: how many groups to show; the others are counted in a note.
+    """
+    columns = (
+        Column("pass"),
+        Column("reason"),
+        Column("places", number=True),
+        Column("first of them"),
+    )
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for step in document["steps"]:
+        for refused in step["refused"]:
+            # A pass that is run again refuses the same place again: it counts once.
+            groups.setdefault((step["name"], refused["reason"]), {})[refused["site"]] = None
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    shown = ordered[:limit]
+    rows = [(name, reason, str(len(sites)), _first(sites)) for (name, reason), sites in shown]
+    left_out = len(ordered) - len(shown)
+    note = f"{left_out} more reasons: 'optfuse explain' shows them all."
+    notes = (note.replace("reasons", "reason") if left_out == 1 else note,) if left_out else ()
+    return _table("Refused", columns, rows, empty="No pass refused a place.", notes=notes)
+
+
+def artifacts(document: Document) -> Table:
+    """The files that were written."""
+    columns = (
+        Column("file"),
+        Column("kind"),
+        Column("size MB", number=True),
+        Column("sha256"),
+    )
+    rows = [
+        (
+            row["path"],
+            row["kind"],
+            megabytes(row["size_bytes"]),
+            row["sha256"][:_SHA256_DIGITS],
+        )
+        for row in document["artifacts"]
+    ]
+    return _table("Files", columns, rows)
+
+
+def machine(document: Document) -> str:
+    """What the numbers were taken on, in one line."""
+    known = document["environment"]
+    gpu = known.get("gpu")
+    versions = _plain(known.get("versions") or {})
+    parts = (
+        known.get("cpu_model"),
+        gpu.get("name") if isinstance(gpu, Mapping) else gpu,
+        f"CPU threads: {document['settings']['threads']}",
+        versions,
+    )
+    return printable(", ".join(str(part) for part in parts if part))
+
+
+def environment(document: Document) -> list[str]:
+    """One line for each thing known about the machine and the versions."""
+    return [
+        printable(f"{_label(key)}: {_value(key, value)}")
+        for key, value in document["environment"].items()
+    ]
+
+
+def explanation(steps: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """Every place every step rewrote or refused, as (level of indentation, line)."""
+    lines: list[tuple[int, str]] = []
+    for step in steps:
+        lines.append((0, _step_sentence(step)))
+        if step["undone"]:
+            lines.append((1, f"undone: {step['undone']}"))
+        for site in step["sites"]:
+            lines.append((1, f"rewritten {site['site']}" + _after(": ", site["note"])))
+        for refused in step["refused"]:
+            lines.append((1, f"refused {refused['site']}: {refused['reason']}"))
+    return [(level, printable(line)) for level, line in lines]
+
+
+def significant(number: float | None, digits: int) -> str:
+    """The number with that many significant digits and no exponent; digits before the decimal
+    point are never dropped."""
+    if number is None:
+        return NONE
+    if number == 0:
+        return "0"
+    # The exponent of the rounded number: 9.996 with three digits is 10.0 and not 10.00.
+    exponent = int(f"{number:.{digits - 1}e}".split("e")[1])
+    return f"{number:.{max(0, digits - 1 - exponent)}f}"
+
+
+def distance(number: float | None) -> str:
+    """A relative distance: two digits and an exponent, `0` where it is exactly zero."""
+    return NONE if number is None else "0" if number == 0 else f"{number:.1e}"
+
+
+def count(number: int | None) -> str:
+    """A count as in `6.99 M` or `3.01 G`."""
+    if number is None:
+        return "not counted"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{significant(number / size, 3)} {unit}"
+    return str(number)
+
+
+def megabytes(size_bytes: int | None) -> str:
+    """A size in units of 10^6 bytes, to three digits or to the kilobyte."""
+    if size_bytes is None:
+        return NONE
+    if 0 < size_bytes < _MEGABYTE / 1e3:
+        return "<0.001"
+    return significant(size_bytes / _MEGABYTE, 3)
+
+
+def times(ratio: float, decimals: int = 2) -> str:
+    """A ratio as in `1.02x`."""
+    return f"{ratio:.{decimals}f}x"
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """The confidence interval of a ratio as in `[0.99, 1.04]`."""
+    if row["low"] is None or row["high"] is None:
+        return "[unknown]"
+    decimals = _decimals(row)
+    return f"[{row['low']:.{decimals}f}, {row['high']:.{decimals}f}]"
+
+
+def _table(
+    title: str,
+    columns: tuple[Column, ...],
+    rows: Iterable[tuple[str, ...]],
+    empty: str = "",
+    notes: Sequence[str] = (),
+) -> Table:
+    return Table(
+        printable(title),
+        columns,
+        tuple(tuple(printable(cell) for cell in row) for row in rows),
+        empty,
+        tuple(printable(note) for note in notes),
+    )
+
+
+def _engine(title: str, variants: Mapping[str, Mapping[str, Any]]) -> Table:
+    shown = [variant for variant in VARIANTS if variant in variants]
+    columns = (Column(""), *(Column(VARIANTS[variant], number=True) for variant in shown))
+    totals: dict[str, int] = {}
+    for row in variants.values():
+        for kind, number in row["layers_by_type"].items():
+            totals[kind] = totals.get(kind, 0) + number
+    kinds = sorted(totals, key=lambda kind: (-totals[kind], kind))
+    lines = [
+        ("layers", [str(variants[variant]["layers"]) for variant in shown]),
+        *(
+            (
+                f"  {kind}",
+                [str(variants[variant]["layers_by_type"].get(kind, 0)) for variant in shown],
+            )
+            for kind in kinds
+        ),
+        *(
+            (label, [megabytes(variants[variant][key]) for variant in shown])
+            for label, key in (
+                ("activations MB", "activation_bytes"),
+                ("weights MB", "weight_bytes"),
+                ("engine MB", "size_bytes"),
+            )
+        ),
+        (
+            "build seconds",
+            [significant(variants[variant]["build_seconds"], 2) for variant in shown],
+        ),
+    ]
+    return _table(title, columns, [(label, *cells) for label, cells in lines])
+
+
+def _conditions(document: Document) -> list[str]:
+    devices = dict.fromkeys(f"{row['engine']} on {row['device']}" for row in document["latency"])
+    runs = {len(row["samples_ms"]) for row in document["latency"]}
+    return [
+        f"Ran {', '.join(devices)}, {'at least ' if len(runs) > 1 else ''}{min(runs)} runs of each."
+    ]
+
+
+def _against_export(document: Document) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for row in document["speedups"]
+        if (row["variant"], row["against"]) == ("optimized", "baseline")
+        and row["engine"] == row["against_engine"]
+    ]
+
+
+def _speedup_sentence(row: Mapping[str, Any], drifts: Sequence[Mapping[str, Any]]) -> str:
+    # "undecided against", but "faster than": the verdict itself stays whole either way.
+    joint = "than" if row["verdict"] in ("faster", "slower") else "against"
+    sentence = f"{row['engine']} {_ratio(row)} {row['verdict']} {joint} the export as it comes"
+    own = (
+        drift
+        for drift in drifts
+        if (drift["engine"], drift["variant"]) == (row["engine"], "optimized")
+    )
+    return sentence + "".join(f"; drift {_drift_words(drift)}" for drift in own)
+
+
+def _drift_words(row: Mapping[str, Any]) -> str:
+    if row["ratio_to_baseline"] is not None:
+        return f"{times(row['ratio_to_baseline'])} of float32's own"
+    return f"{distance(row['relative_l2'])} (float32's own is zero or unknown)"
+
+
+def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str]) -> str:
+    subject = engine + _after(" ", target)
+    # Both variants missing is the usual case and needs no list.
+    if len(set(names)) == 1:
+        subject += f" {names[0]}"
+    return f"{subject} not measured: {reason.removeprefix('not measured: ')}"
+
+
+def _step_sentence(step: Mapping[str, Any]) -> str:
+    done = "undone" if step["undone"] else "rewritten"
+    return (
+        f"{step['name']}: {step['matched']} {done}, {len(step['refused'])} refused,"
+        f" {step['operators_before']} -> {step['operators_after']} operators"
+        + ("" if step["relative_l2"] is None else f", proof {distance(step['relative_l2'])}")
+    )
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    return f"{row['engine']} {VARIANTS[row['variant']]}"
+
+
+def _against(row: Mapping[str, Any]) -> str:
+    variant = VARIANTS[row["against"]]
+    same_engine = row["engine"] == row["against_engine"]
+    return variant if same_engine else f"{row['against_engine']} {variant}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["ratio"] is None:
+        return NONE
+    return f"{times(row['ratio'], _decimals(row))} {interval(row)}"
+
+
+def _decimals(row: Mapping[str, Any]) -> int:
+    # A narrow interval needs a third decimal, or "1.00 [1.00, 1.01] faster" contradicts itself.
+    if row["low"] is None or row["high"] is None:
+        return 2
+    return 3 if row["high"] - row["low"] < 0.02 else 2
+
+
+def _first(sites: Iterable[str]) -> str:
+    names = list(sites)
+    shown = ", ".join(names[:_FIRST_SITES])
+    return shown + (", ..." if len(names) > _FIRST_SITES else "")
+
+
+def _after(joint: str, text: str) -> str:
+    return f"{joint}{text}" if text else ""
+
+
+def _label(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _value(key: str, value: Any) -> str:
+    return f"{count(value)}B" if key.endswith("_bytes") and value is not None else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        known = {key: item for key, item in value.items() if item is not None}
+        return ", ".join(
+            f"{key.removesuffix('_bytes')} {_value(key, item)}" for key, item in known.items()
+        )
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value) or NONE
+    return NONE if value is None else str(value)

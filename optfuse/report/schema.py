@@ -1,0 +1,391 @@
+"""The report as one versioned JSON document: put together, written as text and read back.
+
+The document is described by `report.schema.json` beside this file, and every rendering shows that
+document and nothing else. It is strict JSON: a number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import resources
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from optfuse import stats
+from optfuse.errors import OptfuseError
+from optfuse.stages import (
+    Artifact,
+    Drift,
+    EngineReport,
+    InputSpec,
+    Measurement,
+    Report,
+    Source,
+    Step,
+    Variant,
+)
+
+SCHEMA_VERSION = 1
+"""Raised by one whenever a key changes its meaning or goes away; new keys leave it as it is."""
+
+_LINE_LENGTH = 100
+
+
+@dataclass(frozen=True)
+class ProgramCounts:
+    """What a program consists of.
+
+    Attributes:
+        operators_by_type: how many operators of each type it has; their sum is the operator count.
+        parameters: how many numbers its parameters and constants hold.
+        flops: floating-point operations of one run on the example inputs, or None if not counted.
+    """
+
+    operators_by_type: Mapping[str, int]
+    parameters: int
+    flops: int | None
+
+    @property
+    def operators(self) -> int:
+        """How many operators it has."""
+        return sum(self.operators_by_type.values())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant on one engine, compared with another: how many times as fast it is.
+
+    Attributes:
+        engine, variant: what is compared.
+        against_engine, against: the engine and the variant it is compared with.
+        ratio: paired, above 1 where `engine`, `variant` is the faster one.
+    """
+
+    engine: str
+    variant: Variant
+    against_engine: str
+    against: Variant
+    ratio: stats.Ratio
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The A/A control of one engine: its baseline compared with itself.
+
+    Attributes:
+        engine: the backend's name.
+        control: the ratio of the baseline to itself, measured like every other.
+    """
+
+    engine: str
+    control: stats.Ratio
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A latency that is missing, and the reason, e.g. `no GPU`.
+
+    Attributes:
+        engine: the backend's name.
+        variant: which program was not run, or None for all of them.
+        target: e.g. `sm_89`, or None where the engine knows no targets.
+        reason: why, as a user understands it.
+    """
+
+    engine: str
+    variant: Variant | None
+    target: str | None
+    reason: str
+
+
+def assemble(
+    *,
+    name: str,
+    source: Source,
+    command: Sequence[str],
+    environment: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Sequence[InputSpec],
+    before: ProgramCounts,
+    after: ProgramCounts,
+    steps: Sequence[Step],
+    drifts: Sequence[Drift] = (),
+    measurements: Sequence[Measurement] = (),
+    comparisons: Sequence[Comparison] = (),
+    noise_floors: Sequence[NoiseFloor] = (),
+    engine_reports: Sequence[EngineReport] = (),
+    artifacts: Sequence[Artifact] = (),
+    not_measured: Sequence[NotMeasured] = (),
+    directory: Path | None = None,
+    created: datetime | None = None,
+) -> Report:
+    """Put everything one run found into one document.
+
+    Args:
+        name: the model's short name.
+        source: where the model came from.
+        command: the command line that gives this report again, one argument each.
+        environment: hardware, driver and versions.
+        settings: at least `passes`, `seed`, `threads` and `targets`.
+        inputs: the example inputs, in the program's order.
+        before, after: counts of the captured and of the optimized program.
+        steps: the program's trace.
+        drifts: distances to the reference, of baseline and optimized.
+        measurements: raw latency samples; every statistic is derived from them here.
+        comparisons: paired ratios; the verdicts are derived here.
+        noise_floors: the A/A control of each engine.
+        engine_reports: what the builders said.
+        artifacts: files that were written.
+        not_measured: latencies that are missing; what the engine reports say of that is added.
+        directory: artifact paths inside it are written relative to it, so that the folder can move.
+        created: when, now by default.
+    """
+    floors = {each.engine: stats.noise_floor(each.control) for each in noise_floors}
+    created = created or datetime.now(timezone.utc)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "created": created.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "source": asdict(source),
+        "settings": settings,
+        "environment": environment,
+        "program": _program(name, inputs, before, after),
+        "steps": [step_document(step) for step in steps],
+        "drift": [_drift(drift, drifts) for drift in drifts],
+        "latency": [_latency(measurement) for measurement in measurements],
+        "speedups": [_speedup(comparison, floors) for comparison in comparisons],
+        "noise_floors": [
+            {"engine": each.engine, **asdict(each.control), "floor": floors[each.engine]}
+            for each in noise_floors
+        ],
+        "engines": [_engine(report) for report in engine_reports],
+        "artifacts": [_artifact(artifact, directory) for artifact in artifacts],
+        "not_measured": _missing(not_measured, engine_reports),
+    }
+    return Report(_strict(document))
+
+
+def dump(report: Report) -> str:
+    """The document as JSON text: keys in the document's own order, two spaces a level.
+
+    Whatever fits on one line stands on one line, and so does every list of numbers, so that a
+    thousand latency samples don't hide the rest.
+    """
+    return _lines(_strict(report.document), "") + "\n"
+
+
+def parse(text: str) -> Report:
+    """Read a document back.
+
+    Raises:
+        OptfuseError: the text is not strict JSON, not a report, or from a newer optfuse.
+    """
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise OptfuseError(
+            "The report cannot be read",
+            f"It is not valid JSON: {error}",
+            "Write it again with 'optfuse optimize'",
+        ) from None
+    if not isinstance(document, dict) or type(document.get("schema_version")) is not int:
+        raise OptfuseError(
+            "The report cannot be read",
+            "It is JSON, but it has no 'schema_version', so it is not a report of optfuse",
+            "Give the report.json that 'optfuse optimize' wrote",
+        )
+    version = document["schema_version"]
+    if version > SCHEMA_VERSION:
+        raise OptfuseError(
+            "The report cannot be read",
+            f"Its schema version is {version}, and this optfuse reads up to {SCHEMA_VERSION}",
+            "Update with 'pip install --upgrade optfuse'",
+        )
+    missing = [key for key in json_schema()["required"] if key not in document]
+    if missing:
+        raise OptfuseError(
+            "The report cannot be read",
+            f"It lacks {', '.join(repr(key) for key in missing)}",
+            "Write it again with 'optfuse optimize'",
+        )
+    return Report(document)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) that every document satisfies."""
+    text = resources.files("optfuse.report").joinpath("report.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def step_document(step: Step) -> dict[str, Any]:
+    """One step as it stands in the document."""
+    document = {
+        "stage": step.stage,
+        "name": step.name,
+        "settings": step.settings,
+        "matched": step.matched,
+        "sites": [asdict(site) for site in step.sites],
+        "refused": [asdict(refused) for refused in step.refused],
+        "operators_before": step.operators_before,
+        "operators_after": step.operators_after,
+        "seconds": step.seconds,
+        "relative_l2": step.relative_l2,
+        "undone": step.undone,
+    }
+    strict: dict[str, Any] = _strict(document)
+    return strict
+
+
+def _program(
+    name: str, inputs: Sequence[InputSpec], before: ProgramCounts, after: ProgramCounts
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "inputs": [asdict(spec) for spec in inputs],
+        "operators_before": before.operators,
+        "operators_after": after.operators,
+        "flops_before": before.flops,
+        "flops_after": after.flops,
+        "parameters_before": before.parameters,
+        "parameters_after": after.parameters,
+        "operators_by_type_before": before.operators_by_type,
+        "operators_by_type_after": after.operators_by_type,
+    }
+
+
+def _drift(drift: Drift, drifts: Sequence[Drift]) -> dict[str, Any]:
+    """A drift beside the baseline's own on the same engine, against the same reference.
+
+    Their ratio is relative_l2 / baseline relative_l2: 1.0 where the rewrite cost nothing that
+    float32 had not cost already, null where the baseline's is zero or missing.
+    """
+    baseline = next(
+        (
+            other.relative_l2
+            for other in drifts
+            if other.variant == "baseline"
+            and (other.engine, other.reference) == (drift.engine, drift.reference)
+        ),
+        None,
+    )
+    return {
+        **asdict(drift),
+        "baseline_relative_l2": baseline,
+        "ratio_to_baseline": drift.relative_l2 / baseline if baseline else None,
+    }
+
+
+def _latency(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "engine": measurement.engine,
+        "variant": measurement.variant,
+        "device": measurement.device,
+        **asdict(stats.summarise(measurement.samples_ms)),
+        "blocks": [len(block) for block in measurement.blocks],
+        "samples_ms": measurement.samples_ms,
+    }
+
+
+def _speedup(comparison: Comparison, floors: Mapping[str, float]) -> dict[str, Any]:
+    """A comparison with its verdict, beside the larger noise floor of the two engines.
+
+    Without an A/A control of either, the interval alone decides.
+    """
+    engines = (comparison.engine, comparison.against_engine)
+    floor = max((floors[engine] for engine in engines if engine in floors), default=None)
+    return {
+        "engine": comparison.engine,
+        "variant": comparison.variant,
+        "against_engine": comparison.against_engine,
+        "against": comparison.against,
+        **asdict(comparison.ratio),
+        "noise_floor": floor,
+        "verdict": stats.verdict(comparison.ratio, 1.0 if floor is None else floor),
+    }
+
+
+def _engine(report: EngineReport) -> dict[str, Any]:
+    return {
+        "engine": report.engine,
+        "target": report.target,
+        "variant": report.variant,
+        "layers": len(report.layers),
+        "layers_by_type": report.layers_by_type,
+        "activation_bytes": report.activation_bytes,
+        "weight_bytes": report.weight_bytes,
+        "size_bytes": report.size_bytes,
+        "build_seconds": report.build_seconds,
+        "layer_table": [
+            {"name": layer.name, "kind": layer.kind, "nodes": layer.nodes}
+            for layer in report.layers
+        ],
+    }
+
+
+def _artifact(artifact: Artifact, directory: Path | None) -> dict[str, Any]:
+    path = artifact.path
+    if directory is not None and path.is_relative_to(directory):
+        path = path.relative_to(directory)
+    return {
+        "path": path.as_posix(),
+        "kind": artifact.kind,
+        "variant": artifact.variant,
+        "sha256": artifact.sha256,
+        "size_bytes": artifact.size_bytes,
+        "input_names": artifact.input_names,
+        "output_names": artifact.output_names,
+    }
+
+
+def _missing(
+    stated: Sequence[NotMeasured], engine_reports: Sequence[EngineReport]
+) -> list[dict[str, Any]]:
+    built = [
+        NotMeasured(report.engine, report.variant, report.target, report.not_measured)
+        for report in engine_reports
+        if report.not_measured is not None
+    ]
+    # The dictionary drops what is stated twice and keeps the order.
+    return [asdict(missing) for missing in dict.fromkeys((*stated, *built))]
+
+
+def _strict(value: Any) -> Any:
+    """The value in strict JSON's own types: NaN and the infinities become null, anything that
+    JSON does not know becomes its text."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return [_strict(item) for item in sorted(value, key=str)]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def _lines(value: Any, indent: str) -> str:
+    text = json.dumps(value, allow_nan=False)
+    if not isinstance(value, (dict, list)) or len(indent) + len(text) <= _LINE_LENGTH:
+        return text
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_lines(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"
+    if all(isinstance(item, (int, float)) for item in value):
+        return text
+    return "[\n" + ",\n".join(inner + _lines(item, inner) for item in value) + f"\n{indent}]"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
