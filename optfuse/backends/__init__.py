@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
 
 BACKENDS = {
-    "torch": "optfuse.backends.torch_eager",
-    "onnxruntime": "optfuse.backends.onnx_runtime",
-    "tensorrt": "optfuse.backends.tensorrt",
-    "tensorrt-rtx": "optfuse.backends.tensorrt_rtx",
+    "torch": "optfuse.backends.torch_eager:BACKEND",
+    "onnxruntime": "optfuse.backends.onnx_runtime:CPU_BACKEND",
+    "onnxruntime-cuda": "optfuse.backends.onnx_runtime:CUDA_BACKEND",
+    "onnxruntime-tensorrt": "optfuse.backends.onnx_runtime:TENSORRT_BACKEND",
+    "tensorrt": "optfuse.backends.tensorrt:BACKEND",
+    "tensorrt-rtx": "optfuse.backends.tensorrt_rtx:BACKEND",
 }
-"""Name on the command line -> the module that holds its `BACKEND`. A module is imported only when
-its engine is asked for, and imports its own package only inside functions."""
+"""Name on the command line -> where its backend stands, `module:attribute`. A module is imported
+only when its engine is asked for, and imports its own package only inside functions."""
 
 
 class Session(Protocol):
@@ -117,6 +119,6 @@ def get(name: str) -> Backend:
             f"The engines are {', '.join(BACKENDS)}",
             "Choose one of them, or run 'optfuse engines' to see which work here",
         )
-    module: Any = import_module(BACKENDS[name])
-    backend: Backend = module.BACKEND
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(import_module(module), attribute)
     return backend

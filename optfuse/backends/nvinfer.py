@@ -7,19 +7,18 @@ logger why. So every call here that can fail reads its reason out of the log.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from optfuse.backends import builder_log
+from optfuse.backends.nvidia import device_target, gpu_count
 from optfuse.errors import EngineError, OutputError, UsageError
 from optfuse.files import write_bytes
 from optfuse.stages import Artifact, BuildOptions, EngineReport
@@ -442,28 +441,6 @@ class NvinferSession:
 
     def _fail(self, cause: str, next_step: str) -> NoReturn:
         raise EngineError(f"The engine {self._file} cannot run", cause, next_step)
-
-
-def gpu_count() -> int:
-    """How many GPUs the NVIDIA driver shows, 0 without a driver. Needs no torch."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def device_target() -> str | None:
-    """The compute capability of torch's current GPU as a target, e.g. `sm_89`, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
 
 
 def network_flags(trt: Any) -> int:

@@ -1,14 +1,16 @@
-"""ONNX Runtime, on the GPU where there is one for it and on the CPU otherwise."""
+"""ONNX Runtime: one engine for each of its execution providers (CPU, CUDA, TensorRT)."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optfuse.backends.nvidia import gpu_count
 from optfuse.environment import package_version
 from optfuse.errors import EngineError
 from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 
 ELEMENT_TYPES = {
     "tensor(float)": ("float32", 1),
@@ -40,31 +43,95 @@ LOG_FATAL_ONLY = 4
 """Everything less severe either changes nothing for the user or comes as an exception too."""
 
 
-class OnnxRuntime:
-    """ONNX Runtime with every graph optimisation on.
+@dataclass(frozen=True)
+class Provider:
+    """One of ONNX Runtime's execution providers, as an engine of its own.
 
-    Args:
-        provider: the execution provider to ask for; None takes the CUDA one where both PyTorch and
-            ONNX Runtime can use a GPU, and the CPU's otherwise.
+    Attributes:
+        name: ONNX Runtime's name of it.
+        engine: the engine's name on the command line.
+        packages: module and distribution of what has to be installed, and the extra that does.
+        settings: (provider, options) as `InferenceSession` takes them, the one asked for first,
+            then those that may run what it does not know.
+        on_gpu: whether it runs on a CUDA device.
     """
 
-    name = "onnxruntime"
-    consumes: Literal["onnx", "program"] = "onnx"
+    name: str
+    engine: str
+    packages: tuple[tuple[str, str], ...]
+    extra: str
+    settings: tuple[tuple[str, Mapping[str, str]], ...]
+    on_gpu: bool
+
+
+# TF32 is off in every engine unless asked for.
+_CUDA_SETTINGS = (CUDA, {"use_tf32": "0"})
+
+PROVIDERS = (
+    Provider(
+        CPU,
+        engine="onnxruntime",
+        packages=(("onnxruntime", "onnxruntime"),),
+        extra="cpu",
+        settings=((CPU, {}),),
+        on_gpu=False,
+    ),
+    Provider(
+        CUDA,
+        engine="onnxruntime-cuda",
+        packages=(("onnxruntime", "onnxruntime-gpu"),),
+        extra="gpu",
+        settings=(_CUDA_SETTINGS,),
+        on_gpu=True,
+    ),
+    Provider(
+        TENSORRT,
+        engine="onnxruntime-tensorrt",
+        packages=(("onnxruntime", "onnxruntime-gpu"), ("tensorrt", "tensorrt")),
+        extra="gpu",
+        settings=((TENSORRT, {}), _CUDA_SETTINGS),
+        on_gpu=True,
+    ),
+)
+
+
+class OnnxRuntime:
+    """ONNX Runtime with every graph optimisation on, on one of its execution providers."""
+
     builds = False
 
-    def __init__(self, provider: str | None = None) -> None:
+    def __init__(self, provider: Provider) -> None:
+        self.name = provider.engine
+        # A protocol's attribute can be assigned to, so its type has to be the protocol's own.
+        self.consumes: Literal["onnx", "program"] = "onnx"
         self._provider = provider
 
     def unavailable(self) -> str | None:
-        if find_spec("onnxruntime") is None:
-            return "The package onnxruntime is not installed: pip install 'optfuse[cpu]'"
+        """None where the packages are installed, else the one that is missing."""
+        for module, distribution in self._provider.packages:
+            # The CPU provider is in each of ONNX Runtime's packages; the others name their own.
+            named = self._provider.on_gpu and package_version(distribution) is None
+            if find_spec(module) is None or named:
+                return (
+                    f"The package {distribution} is not installed: "
+                    f"pip install 'optfuse[{self._provider.extra}]'"
+                )
         return None
 
     def version(self) -> str | None:
+        """ONNX Runtime's version, None where it isn't installed."""
+        if self._provider.on_gpu:
+            return package_version("onnxruntime-gpu")
         return package_version("onnxruntime", "onnxruntime-gpu")
 
     def cannot_run(self) -> str | None:
-        return self.unavailable()
+        """None where it can run here, else why not."""
+        if reason := self.unavailable():
+            return reason
+        return "no GPU" if self._provider.on_gpu and gpu_count() == 0 else None
+
+    def check_target(self, target: str) -> None:
+        """Nothing: there is no build step."""
 
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
@@ -82,16 +149,16 @@ class OnnxRuntime:
         """
         if reason := self.unavailable():
             cause, _, command = reason.partition(": ")
-            raise EngineError("The engine 'onnxruntime' is not here", cause, f"Run: {command}")
+            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
         if isinstance(program, Program) or program.kind != "onnx":
             what = "a captured program" if isinstance(program, Program) else f"'{program.path}'"
             raise EngineError(
-                f"The engine 'onnxruntime' cannot open {what}",
+                f"The engine '{self.name}' cannot open {what}",
                 "It reads ONNX files only",
                 "Export the program to ONNX first",
             )
-        provider = self._provider or _best_provider()
-        return OnnxRuntimeSession(_load(program.path, provider, options.threads), provider)
+        session = _load(program.path, self._provider, options.threads)
+        return OnnxRuntimeSession(session, self._provider)
 
 
 class OnnxRuntimeSession:
@@ -105,13 +172,15 @@ class OnnxRuntimeSession:
         device: `cpu` or the CUDA device's name.
     """
 
-    def __init__(self, session: Any, provider: str) -> None:
+    def __init__(self, session: Any, provider: Provider) -> None:
         import torch
 
         self._session = session
-        self._memory = "cuda" if provider == CUDA else "cpu"
-        self._torch_device = torch.device("cuda", 0) if provider == CUDA else torch.device("cpu")
-        self.device = torch.cuda.get_device_name(0) if provider == CUDA else "cpu"
+        self._memory = "cuda" if provider.on_gpu else "cpu"
+        self._torch_device = (
+            torch.device(self._memory, 0) if provider.on_gpu else torch.device("cpu")
+        )
+        self.device = torch.cuda.get_device_name(0) if provider.on_gpu else "cpu"
         self.inputs = tuple(value.name for value in session.get_inputs())
         self.outputs = tuple(value.name for value in session.get_outputs())
         self._input_types = [
@@ -224,26 +293,16 @@ class OnnxRuntimeSession:
                 )
 
 
-def _best_provider() -> str:
-    import onnxruntime
-    import torch
-
-    on_gpu = torch.cuda.is_available() and CUDA in onnxruntime.get_available_providers()
-    return CUDA if on_gpu else CPU
-
-
-def _load(path: Path, provider: str, threads: int) -> Any:
+def _load(path: Path, provider: Provider, threads: int) -> Any:
     """An `onnxruntime.InferenceSession` whose first provider is the one asked for."""
     import onnxruntime
 
     if not path.is_file():
         raise EngineError(
-            f"The engine 'onnxruntime' cannot open '{path}'",
+            f"The engine '{provider.engine}' cannot open '{path}'",
             "There is no such file",
             "Check the path, or export the model again",
         )
-    # TF32 is off in every engine unless asked for; only the CUDA provider knows the option.
-    settings = {"use_tf32": "0"} if provider == CUDA else {}
     try:
         with warnings.catch_warnings():
             # A missing provider is warned of and left out: below that is an error.
@@ -251,21 +310,21 @@ def _load(path: Path, provider: str, threads: int) -> Any:
             session = onnxruntime.InferenceSession(
                 str(path),
                 sess_options=_session_options(threads),
-                providers=[(provider, settings)],
+                providers=[(name, dict(each)) for name, each in provider.settings],
                 # Without this, a failing provider is replaced by the CPU's, with a print.
                 enable_fallback=0,
             )
     except Exception as error:  # its exceptions have no public base class
         raise EngineError(
-            f"The engine 'onnxruntime' cannot load '{path}'",
+            f"The engine '{provider.engine}' cannot load '{path}'",
             _reason(error),
             "Export the model again, or update onnxruntime if it is older than the file's opset",
         ) from error
     actual = session.get_providers()[0]
-    if actual != provider:
+    if actual != provider.name:
         raise EngineError(
-            f"The engine 'onnxruntime' would not run '{path}' where it was asked to",
-            f"{provider} was asked for and {actual} would run it",
+            f"The engine '{provider.engine}' would not run '{path}' where it was asked to",
+            f"{provider.name} was asked for and {actual} would run it",
             "Install the onnxruntime package that has it, with the CUDA version it needs",
         )
     return session
@@ -300,4 +359,4 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
 
 
-BACKEND = OnnxRuntime()
+CPU_BACKEND, CUDA_BACKEND, TENSORRT_BACKEND = map(OnnxRuntime, PROVIDERS)

@@ -37,6 +37,9 @@ class TorchEager:
     def cannot_run(self) -> str | None:
         return self.unavailable()
 
+    def check_target(self, target: str) -> None:
+        """Nothing: there is no build step."""
+
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
     ) -> list[tuple[Artifact, EngineReport]]:

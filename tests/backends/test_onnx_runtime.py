@@ -13,12 +13,19 @@ import torch
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
 
-from optfuse.backends.onnx_runtime import BACKEND, CPU, CUDA, ELEMENT_TYPES, OnnxRuntime  # noqa: E402
+from optfuse.backends.onnx_runtime import (  # noqa: E402
+    CPU,
+    CPU_BACKEND,
+    CUDA,
+    CUDA_BACKEND,
+    ELEMENT_TYPES,
+    TENSORRT_BACKEND,
+)
 from optfuse.errors import EngineError  # noqa: E402
 from optfuse.stages import Artifact, BuildOptions, Program  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    BACKEND.unavailable() is not None, reason=BACKEND.unavailable() or "it is here"
+    CPU_BACKEND.unavailable() is not None, reason=CPU_BACKEND.unavailable() or "it is here"
 )
 
 
@@ -55,7 +62,7 @@ def example(tmp_path: Path) -> Artifact:
 def test_every_type_goes_in_and_comes_out_bit_for_bit(tmp_path: Path, dtype_name: str) -> None:
     number = dict(ELEMENT_TYPES.values())[dtype_name]
     feed = torch.tensor([[1, 0, 3], [0.5, 5, 6]]).to(getattr(torch, dtype_name))
-    with BACKEND.open(transpose(tmp_path / "model.onnx", number), BuildOptions()) as session:
+    with CPU_BACKEND.open(transpose(tmp_path / "model.onnx", number), BuildOptions()) as session:
         session.bind([feed])
         session.run()
         (output,) = session.fetch()
@@ -88,7 +95,7 @@ def test_empty_and_zero_dimensional_tensors_pass_through(tmp_path: Path) -> None
             helper.make_tensor_value_info("one_element", TensorProto.FLOAT, []),
         ],
     )
-    with BACKEND.open(artifact, BuildOptions()) as session:
+    with CPU_BACKEND.open(artifact, BuildOptions()) as session:
         session.bind([torch.empty(0, 4), torch.tensor(2.5)])
         session.run()
         no_elements, one_element = session.fetch()
@@ -104,7 +111,7 @@ def test_a_dynamic_shape_may_change_from_one_bind_to_the_next(tmp_path: Path) ->
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
     )
-    with BACKEND.open(artifact, BuildOptions()) as session:
+    with CPU_BACKEND.open(artifact, BuildOptions()) as session:
         for length in (2, 5):
             session.bind([torch.arange(length) + 1.5])
             session.run()
@@ -112,7 +119,7 @@ def test_a_dynamic_shape_may_change_from_one_bind_to_the_next(tmp_path: Path) ->
 
 
 def test_the_options_are_the_ones_every_engine_gets(example: Artifact) -> None:
-    with BACKEND.open(example, BuildOptions(threads=3)) as session:
+    with CPU_BACKEND.open(example, BuildOptions(threads=3)) as session:
         options = session._session.get_session_options()
         assert options.intra_op_num_threads == 3
         assert options.inter_op_num_threads == 1
@@ -123,52 +130,63 @@ def test_the_options_are_the_ones_every_engine_gets(example: Artifact) -> None:
 # --- Providers
 
 
-def test_a_provider_that_is_not_installed_is_an_error_and_no_fall_back(example: Artifact) -> None:
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every package of every provider were installed."""
+    monkeypatch.setattr("optfuse.backends.onnx_runtime.find_spec", lambda _: object())
+    monkeypatch.setattr("optfuse.backends.onnx_runtime.package_version", lambda *_: "1.0")
+
+
+def test_a_provider_that_does_not_work_is_an_error_and_no_fall_back(
+    example: Artifact, installed: None
+) -> None:
     import onnxruntime
 
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has the CUDA provider")
     with pytest.raises(EngineError) as caught:
-        OnnxRuntime(provider=CUDA).open(example, BuildOptions())
+        CUDA_BACKEND.open(example, BuildOptions())
     assert caught.value.thing == (
-        f"The engine 'onnxruntime' would not run '{example.path}' where it was asked to"
+        f"The engine 'onnxruntime-cuda' would not run '{example.path}' where it was asked to"
     )
     assert caught.value.cause == f"{CUDA} was asked for and {CPU} would run it"
     assert caught.value.next_step.startswith("Install the onnxruntime package that has it")
 
 
-@pytest.mark.parametrize(
-    ("has_gpu", "providers", "chosen"),
-    [
-        (True, [CUDA, CPU], CUDA),
-        (True, [CPU], CPU),
-        (False, [CUDA, CPU], CPU),
-    ],
-)
-def test_the_gpu_is_asked_for_where_both_packages_can_use_it(
-    example: Artifact,
-    monkeypatch: pytest.MonkeyPatch,
-    has_gpu: bool,
-    providers: list[str],
-    chosen: str,
+def test_each_engine_asks_for_its_own_provider_and_for_no_tf32(
+    example: Artifact, installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnxruntime
 
-    asked: list[str] = []
+    asked: list[tuple[str, dict[str, str]]] = []
 
     class Stub:
-        def __init__(self, *_: object, providers: list[tuple[str, object]], **__: object) -> None:
-            asked.extend(name for name, _ in providers)
+        def __init__(
+            self, *_: object, providers: list[tuple[str, dict[str, str]]], **__: object
+        ) -> None:
+            asked.extend(providers)
 
         def get_providers(self) -> list[str]:
             return ["whatever else"]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Stub)
-    with pytest.raises(EngineError, match=f"{chosen} was asked for and whatever else would run it"):
-        BACKEND.open(example, BuildOptions())
-    assert asked == [chosen]
+    for backend in (CPU_BACKEND, CUDA_BACKEND, TENSORRT_BACKEND):
+        with pytest.raises(EngineError, match="was asked for and whatever else would run it"):
+            backend.open(example, BuildOptions())
+    cuda = (CUDA, {"use_tf32": "0"})
+    assert asked == [(CPU, {}), cuda, ("TensorrtExecutionProvider", {}), cuda]
+
+
+def test_a_gpu_provider_needs_its_package_and_a_gpu(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optfuse.backends.onnx_runtime.gpu_count", lambda: 0)
+    assert CUDA_BACKEND.unavailable() is None
+    assert CUDA_BACKEND.cannot_run() == TENSORRT_BACKEND.cannot_run() == "no GPU"
+    assert CPU_BACKEND.cannot_run() is None
+    monkeypatch.setattr("optfuse.backends.onnx_runtime.package_version", lambda *_: None)
+    reason = "The package onnxruntime-gpu is not installed: pip install 'optfuse[gpu]'"
+    assert CUDA_BACKEND.unavailable() == CUDA_BACKEND.cannot_run() == reason
 
 
 # --- Refusals
@@ -179,9 +197,9 @@ def test_a_missing_package_names_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setattr("optfuse.backends.onnx_runtime.find_spec", lambda _: None)
     reason = "The package onnxruntime is not installed: pip install 'optfuse[cpu]'"
-    assert BACKEND.unavailable() == BACKEND.cannot_run() == reason
+    assert CPU_BACKEND.unavailable() == CPU_BACKEND.cannot_run() == reason
     with pytest.raises(EngineError) as caught:
-        BACKEND.open(example, BuildOptions())
+        CPU_BACKEND.open(example, BuildOptions())
     assert str(caught.value) == (
         "The engine 'onnxruntime' is not here. The package onnxruntime is not installed. "
         "Run: pip install 'optfuse[cpu]'."
@@ -193,14 +211,14 @@ def test_a_missing_package_names_the_line_that_installs_it(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     artifact = Artifact(tmp_path / "gone.onnx", "onnx", "", 0)
     with pytest.raises(EngineError, match="There is no such file") as caught:
-        BACKEND.open(artifact, BuildOptions())
+        CPU_BACKEND.open(artifact, BuildOptions())
     assert str(artifact.path) in caught.value.thing
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     engine = Artifact(tmp_path / "model.engine", "engine", "", 0)
     with pytest.raises(EngineError, match="It reads ONNX files only") as caught:
-        BACKEND.open(engine, BuildOptions())
+        CPU_BACKEND.open(engine, BuildOptions())
     assert caught.value.next_step == "Export the program to ONNX first"
 
 
@@ -209,7 +227,7 @@ def test_a_captured_program_is_refused() -> None:
     exported = torch.export.export(linear, (torch.ones(1, 3),))
     program = Program("example", exported.module(check_guards=False), exported, ())
     with pytest.raises(EngineError, match="cannot open a captured program"):
-        BACKEND.open(program, BuildOptions())
+        CPU_BACKEND.open(program, BuildOptions())
 
 
 def test_what_is_wrong_with_a_file_is_said_without_onnx_runtimes_own_prefix(
@@ -222,7 +240,7 @@ def test_what_is_wrong_with_a_file_is_said_without_onnx_runtimes_own_prefix(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
     )
     with pytest.raises(EngineError, match="NoSuchOperator") as caught:
-        BACKEND.open(artifact, BuildOptions())
+        CPU_BACKEND.open(artifact, BuildOptions())
     assert "ONNXRuntimeError" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -230,7 +248,7 @@ def test_what_is_wrong_with_a_file_is_said_without_onnx_runtimes_own_prefix(
 def test_a_wrong_shape_is_said_and_nothing_else_is_printed(
     example: Artifact, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with BACKEND.open(example, BuildOptions()) as session:
+    with CPU_BACKEND.open(example, BuildOptions()) as session:
         with pytest.raises(EngineError, match="Got: 5 Expected: 3") as caught:
             session.bind([torch.ones(2, 5)])
         assert caught.value.thing == "The engine 'onnxruntime' failed to run the file"
@@ -250,7 +268,7 @@ def test_an_operator_that_fails_is_one_sentence_and_nothing_else_is_printed(
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
     )
-    with BACKEND.open(artifact, BuildOptions()) as session:
+    with CPU_BACKEND.open(artifact, BuildOptions()) as session:
         with pytest.raises(EngineError, match=r"Name:'pick'.*out of data bounds") as caught:
             session.bind([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7])])
         assert "\n" not in str(caught.value)
@@ -261,7 +279,7 @@ def test_an_operator_that_fails_is_one_sentence_and_nothing_else_is_printed(
 
 def test_a_type_that_pytorch_lacks_is_refused_when_the_file_is_opened(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"'x' has the type tensor\(string\)") as caught:
-        BACKEND.open(transpose(tmp_path / "model.onnx", TensorProto.STRING), BuildOptions())
+        CPU_BACKEND.open(transpose(tmp_path / "model.onnx", TensorProto.STRING), BuildOptions())
     assert caught.value.next_step == (
         "Change the model so that all its inputs and outputs are tensors of numbers"
     )

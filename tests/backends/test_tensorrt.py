@@ -743,6 +743,9 @@ def test_every_data_type_is_one_of_torchs() -> None:
 def test_a_gpu_that_refuses() -> None:
     engine, stream = FakeEngine(), FakeStream()
     opened = session(engine, stream)
+    with pytest.raises(EngineError, match="No inputs were bound"):
+        opened.run()
+    opened.bind([torch.ones(2, 3), torch.full((2, 3), 0.5)])
     stream.error = "CUDA error: an illegal memory access was encountered\nand more"
     with pytest.raises(EngineError, match="an illegal memory access was encountered and more"):
         opened.run()
