@@ -1,0 +1,227 @@
+"""LoadedModel -> Program: torch.export, then functional ATen with parameters as `get_attr`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sysconfig
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from optfuse.errors import CaptureError
+from optfuse.graph import ASSERT, attribute, operators, prepare
+from optfuse.stages import LoadedModel, Program, Step
+
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
+
+
+def capture(model: LoadedModel) -> Program:
+    """Capture the model on its example inputs.
+
+    The program shares its parameters with the model; what the model's own forward writes to is
+    copied, so that running the program leaves the model as it was.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model, or the inputs do not fit it; names
+            the line of the user's code.
+    """
+    started = time.perf_counter()
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(
+                model.module,
+                tuple(model.example_args),
+                dict(model.example_kwargs),
+                dynamic_shapes=model.dynamic_shapes,
+                strict=False,
+            )
+            graph_module = exported.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise _explain(model, error) from error
+    assert isinstance(graph_module, fx.GraphModule)
+    _drop_asserts(graph_module)
+    prepare(graph_module)
+    _own_what_is_written(graph_module)
+    total = sum(operators(graph_module).values())
+    step = Step(
+        stage="capture",
+        name="torch.export",
+        seconds=time.perf_counter() - started,
+        operators_before=total,
+        operators_after=total,
+    )
+    return Program(
+        name=model.name,
+        graph_module=graph_module,
+        exported=exported,
+        example_args=tuple(model.example_args),
+        example_kwargs=dict(model.example_kwargs),
+        dynamic_shapes=model.dynamic_shapes,
+        trace=(step,),
+    )
+
+
+def _drop_asserts(graph_module: fx.GraphModule) -> None:
+    """Asserts on dtype and layout hold by construction, and would fail in float64."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is ASSERT:
+            graph_module.graph.erase_node(node)
+    unused = [n for n in graph_module.graph.nodes if n.op == "get_attr" and not n.users]
+    for node in unused:
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _own_what_is_written(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.meta["written"]:
+            owner, _, name = str(node.target).rpartition(".")
+            holder = attribute(graph_module, owner) if owner else graph_module
+            shared = attribute(graph_module, node.target)
+            copied = shared.detach().clone()
+            if isinstance(shared, torch.nn.Parameter):
+                setattr(holder, name, torch.nn.Parameter(copied, requires_grad=False))
+            else:
+                holder.register_buffer(name, copied)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch.export prints besides its exception off the terminal: warnings, log lines,
+    and the graph as far as it came."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _explain(model: LoadedModel, error: Exception) -> CaptureError:
+    cause, step = (
+        _explain_call(model)
+        or _explain_values(error)
+        or _explain_forward(model)
+        or _explain_export(model, error)
+    )
+    return CaptureError(f"'{model.name}' cannot be captured", cause, step)
+
+
+def _explain_call(model: LoadedModel) -> tuple[str, str] | None:
+    """Inputs that the signature of forward does not take, however torch.export reports them."""
+    try:
+        signature = inspect.signature(model.module.forward)
+    except ValueError:  # written in C, and says nothing of what it takes
+        return None
+    try:
+        signature.bind(*model.example_args, **model.example_kwargs)
+    except TypeError as error:
+        return (
+            f"Its inputs do not fit forward{signature}: {_one_line(error)}",
+            "Give every input that forward needs, and no other, with --input [NAME=]SHAPE[:DTYPE]",
+        )
+    return None
+
+
+def _explain_values(error: Exception) -> tuple[str, str] | None:
+    """A branch or a shape that depends on the values of a tensor."""
+    if "GuardOnDataDependent" not in type(error).__name__ and "data-dependent" not in str(error):
+        return None
+    return (
+        f"A branch or a shape{_where(error)} depends on the values of a tensor",
+        "Write the branch with torch.cond or torch.where, and take sizes from shapes, so that one "
+        "graph serves all inputs",
+    )
+
+
+def _explain_forward(model: LoadedModel) -> tuple[str, str] | None:
+    """A model that fails without torch.export too: then that is what its owner wants to know."""
+    try:
+        with torch.no_grad(), _quiet():
+            model.module(*model.example_args, **model.example_kwargs)
+    except Exception as error:
+        raised = type(error).__name__ + (f": {_one_line(error)}" if str(error).strip() else "")
+        return (
+            f"Its forward fails on these inputs{_where(error)} with {raised}",
+            "Check the shapes and dtypes given with --input or example_inputs(), and that the "
+            "model runs on them in plain PyTorch",
+        )
+    return None
+
+
+def _explain_export(model: LoadedModel, error: Exception) -> tuple[str, str]:
+    """What runs in plain PyTorch and torch.export does not take."""
+    where, text = _where(error), str(error)
+    if "numpy()" in text:
+        return (
+            f"It goes through NumPy{where}, where torch.export cannot follow",
+            "Replace that line by tensor operations",
+        )
+    if "in output, which is not a known type" in text:
+        return (
+            "Its forward returns something other than tensors, numbers, tuples, lists and dicts: "
+            + _one_line(error),
+            "Return one of those, or register the class with torch.export.register_dataclass",
+        )
+    if "Unsupported input type" in text:
+        return (
+            f"An input is no tensor, number, tuple, list or dict: {_one_line(error)}",
+            "Give it one of those, or register the class with torch.export.register_dataclass",
+        )
+    if "ScriptModule" in text:
+        return "It is a TorchScript module", "Give the nn.Module that it was made from"
+    if "is mutated in the forward method" in text:
+        return (
+            f"Its forward writes to a tensor that is no buffer: {_one_line(error)}",
+            "Register that tensor with register_buffer",
+        )
+    if model.dynamic_shapes is not None and not where:
+        violated = re.search(r"^  - (.*?)(?:\. |$)", text, re.MULTILINE)
+        return (
+            f"Its dynamic shapes do not fit: {violated[1] if violated else _one_line(error)}",
+            "Correct dynamic_shapes, or leave them out for a program of these shapes alone",
+        )
+    return (
+        f"torch.export stopped{where} with {type(error).__name__}: {_one_line(error)}",
+        "Rewrite that line with tensor operations, or run again with --debug",
+    )
+
+
+def _where(error: BaseException) -> str:
+    frame = _users_frame(error)
+    return f" at {frame.filename}:{frame.lineno} (`{frame.line}`)" if frame else ""
+
+
+def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The deepest line of the traceback that the user wrote, else the deepest of a package that is
+    neither PyTorch nor Python's own library."""
+    not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    python = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).exists() and not frame.filename.startswith(not_theirs)
+    ]
+    installed = [frame for frame in frames if _INSTALLED.search(frame.filename)]
+    own = [f for f in frames if f not in installed and not f.filename.startswith(python)]
+    if own or installed:
+        return (own or installed)[-1]
+    chain = error.__cause__ or error.__context__
+    return _users_frame(chain) if chain is not None else None
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence of the message; the exporter's own run on into advice and links."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0] if lines else "no message"

@@ -1,0 +1,306 @@
+"""Small helpers on an FX graph of functional ATen: read a node, and edit the graph around it.
+
+Every node carries a fake tensor in `meta["val"]` (its shape and dtype) and the names of the
+captured nodes it came from in `meta["origins"]`; `Edit` keeps both true.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import _pytree as fx_pytree
+
+ASSERT = torch.ops.aten._assert_tensor_metadata.default
+
+UNCOUNTED = frozenset({operator.getitem, ASSERT})
+"""Calls that compute nothing: picking one of several results, and asserts."""
+
+
+def operators(graph_module: fx.GraphModule) -> dict[str, int]:
+    """How many operators of each kind the graph holds, e.g. `{"conv2d": 57}`, most frequent first.
+
+    Counted as the ATen name without its overload; graphs inside higher-order operators count too.
+    """
+    counts: dict[str, int] = {}
+    for module in graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target not in UNCOUNTED:
+                name = kind(node)
+                counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def kind(node: fx.Node) -> str:
+    """The operator's name without namespace and overload, e.g. `conv2d`; else the node's op."""
+    return _kind_of(node.target) if node.op == "call_function" else node.op
+
+
+def _kind_of(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target._schema.name.split("::")[1])
+        # Batch norm has one ATen operator for each way it keeps its statistics.
+        return "batch_norm" if name.startswith("_native_batch_norm_legit") else name
+    return getattr(target, "__name__", str(target))
+
+
+def describe(node: fx.Node) -> str:
+    """A node as a user recognises it: its name, and the module it came from where that is known."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return f"{node.name} ({path})" if path else node.name
+
+
+def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
+    """Whether `node` is a node that calls one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by their schema names, defaults filled in: graphs leave those out."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def value(node: fx.Node) -> Any:
+    """The node's fake value: shape, dtype and device without data."""
+    return node.meta["val"]
+
+
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The one node that uses `node`, or None where there are none or several.
+
+    A user that takes it twice counts once; the graph's output counts as a user.
+    """
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def why_not_sole_user(node: fx.Node, user: fx.Node) -> str | None:
+    """None where `user` alone sees `node`'s result, else the reason as a clause."""
+    if any(other.op == "output" for other in node.users):
+        return f"the result of {describe(node)} is also an output of the model"
+    if len(node.users) > 1:
+        return f"the result of {describe(node)} has {len(node.users)} users"
+    return None if sole_user(node) is user else f"{describe(node)} is not used here"
+
+
+def attribute(graph_module: fx.GraphModule, target: str) -> Any:
+    """The attribute a `get_attr` node names."""
+    found: Any = graph_module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def constant_of(node: Any) -> torch.Tensor | None:
+    """The tensor behind a `get_attr` node that nothing in the graph writes to, else None.
+
+    It is the caller's own parameter: never write to it.
+    """
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    owner = node.graph.owning_module
+    assert owner is not None
+    assert isinstance(node.target, str)
+    found = attribute(owner, node.target)
+    if not isinstance(found, torch.Tensor) or node.meta.get("written", False):
+        return None
+    return found.detach()
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of the nodes and their metadata, with the same signature."""
+    new = fx.Graph()
+    output = new.graph_copy(graph, {})
+    new.output(output)
+    # Not deep-copied: nothing writes to it, and torch warns about its own pytrees when copying.
+    new._codegen = graph._codegen
+    return new
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def flat_inputs(
+    graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The leaves of a call's arguments, one a placeholder, in the placeholders' order."""
+    codegen: Any = graph_module.graph._codegen
+    spec = codegen.pytree_info.in_spec
+    return list(fx_pytree.tree_flatten_spec((tuple(args), dict(kwargs)), spec))
+
+
+class Edit:
+    """Adds nodes to one graph, in front of the node last passed to `before`.
+
+    Args:
+        graph_module: the graph to edit; its parameters are never written, new constants are
+            registered beside them.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self._fake_mode = _fake_mode_of(self.graph)
+        self._anchor: fx.Node | None = None
+        self._origins: tuple[str, ...] = ()
+        self.constants: list[str] = []
+        """Names of the constants added so far."""
+        self._numbered: dict[str, int] = {}
+
+    def before(self, anchor: fx.Node, replaced: Iterable[fx.Node]) -> None:
+        """Put what is added from now on in front of `anchor`, as coming from `replaced`."""
+        self._anchor = anchor
+        origins: dict[str, None] = {}
+        for node in replaced:
+            origins.update(dict.fromkeys(node.meta.get("origins", (node.name,))))
+        self._origins = tuple(origins)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add one operator call, with its shape and dtype worked out."""
+        node = self._insert("call_function", target, args, kwargs)
+        with self._fake_mode:
+            node.meta["val"] = target(*_values(args), **_values(kwargs))
+        return node
+
+    def constant(self, name: str, data: torch.Tensor, dtype: torch.dtype) -> fx.Node:
+        """Add a new constant that the program will hold as `dtype`.
+
+        Args:
+            name: what to call it; made unique.
+            data: kept as it is (float64 for folded weights) until all passes are done, so that
+                each pass can be proved exactly; `round_constants` then converts it.
+        """
+        name = self._unused(re.sub(r"\W", "_", name))
+        self.graph_module.register_parameter(
+            name, torch.nn.Parameter(data.contiguous(), requires_grad=False)
+        )
+        self.constants.append(name)
+        node = self._insert("get_attr", name, (), {})
+        node.meta.update(round_to=dtype, written=False)
+        with self._fake_mode:
+            node.meta["val"] = torch.empty(data.shape, dtype=dtype, device=data.device)
+        return node
+
+    def erase_unused(self, nodes: Iterable[fx.Node]) -> None:
+        """Erase those of `nodes` that nothing uses any more, and what only they used."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node._erased or node.users or node.op in ("placeholder", "output"):
+                continue
+            # Random numbers that nothing uses are no effect; writes and asserts are.
+            if node.op == "call_function" and node.is_impure(impure_random=False):
+                continue
+            inputs = list(node.all_input_nodes)
+            self.graph.erase_node(node)
+            waiting.extend(inputs)
+
+    def _insert(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        assert self._anchor is not None, "call before() first"
+        with self.graph.inserting_before(self._anchor):
+            name = _kind_of(target) if op == "call_function" else None
+            node = self.graph.create_node(op, target, args, kwargs, name=name)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self._anchor.meta:
+                node.meta[key] = self._anchor.meta[key]
+        node.meta["origins"] = self._origins
+        return node
+
+    def _unused(self, name: str) -> str:
+        # Counted on from the last one of that name, or a thousand of one name would take a
+        # million looks.
+        candidate, number = name, self._numbered.get(name, 0)
+        while hasattr(self.graph_module, candidate):
+            number += 1
+            candidate = f"{name}_{number}"
+        self._numbered[name] = number
+        return candidate
+
+
+def prepare(graph_module: fx.GraphModule) -> None:
+    """Give every node the metadata that `Edit` keeps true: `val`, `origins`, and `written` on
+    constants and inputs, whether the graph writes to them."""
+    fake_mode = _fake_mode_of(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        node.meta.setdefault("origins", (node.name,))
+        if node.op not in ("get_attr", "placeholder"):
+            continue
+        node.meta["written"] = any(_writes_to(user, node) for user in node.users)
+        if node.op == "get_attr":
+            found = attribute(graph_module, node.target)
+            if isinstance(found, torch.Tensor) and "val" not in node.meta:
+                node.meta["val"] = fake_mode.from_tensor(found, static_shapes=True)
+
+
+def written_memory(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes whose memory something in the graph writes to: what is written, and its views.
+
+    Such a node holds one thing before the write and another after it, and a graph's outputs are
+    read after it. Linear in the number of nodes.
+    """
+    written = {taken for node in graph.nodes for taken in _aliased(node, writing=True)}
+    for node in reversed(graph.nodes):
+        if node in written:
+            written.update(_aliased(node, writing=False))
+    for node in graph.nodes:
+        if any(viewed in written for viewed in _aliased(node, writing=False)):
+            written.add(node)
+    return frozenset(written)
+
+
+def _writes_to(user: fx.Node, node: fx.Node) -> bool:
+    return node in _aliased(user, writing=True)
+
+
+def _aliased(node: fx.Node, *, writing: bool) -> list[fx.Node]:
+    """The arguments whose memory a call writes to, or else those that its results are views of."""
+    if is_call(node, operator.getitem):
+        return [] if writing else list(node.all_input_nodes)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    bound = arguments(node).values()
+    return [
+        leaf
+        for argument, given in zip(node.target._schema.arguments, bound, strict=True)
+        if argument.alias_info is not None and argument.alias_info.is_write == writing
+        for leaf in _leaves(given)
+        if isinstance(leaf, fx.Node)
+    ]
+
+
+def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        for leaf in _leaves(node.meta.get("val")):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    return FakeTensorMode()
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, (tuple, list)):
+        for item in nested:
+            yield from _leaves(item)
+    else:
+        yield nested
+
+
+def _values(nested: Any) -> Any:
+    return fx.node.map_arg(nested, value)
