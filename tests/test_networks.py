@@ -1,0 +1,134 @@
+"""All passes on whole networks: what is left of each, written out, and that it is the same
+function."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import pytest
+
+from tests.harness import assert_same_function, captured, counts, optimized, reasons
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a network comes to.
+
+    Attributes:
+        convolutions: fused or not, before and after.
+        batch_norms: before and after.
+        rewritten: sites of each pass that found any.
+    """
+
+    convolutions: tuple[int, int]
+    batch_norms: tuple[int, int]
+    rewritten: dict[str, int]
+
+
+NETWORKS = {
+    "googlenet": Expected(
+        (57, 39),
+        (57, 0),
+        {
+            "eliminate_identity": 1,
+            "fold_conv_bn": 57,
+            "combine_parallel_convs": 9,
+            "fuse_conv_activation": 39,
+        },
+    ),
+    "inception_v3": Expected(
+        (94, 75),
+        (94, 0),
+        {
+            "eliminate_identity": 1,
+            "fold_conv_bn": 94,
+            "combine_parallel_convs": 10,
+            "elide_concat": 2,
+            "fuse_conv_activation": 75,
+        },
+    ),
+    "squeezenet": Expected((26, 26), (0, 0), {"eliminate_identity": 1, "fuse_conv_activation": 26}),
+    "resnet50": Expected(
+        (53, 53),
+        (53, 0),
+        {"eliminate_identity": 1, "fold_conv_bn": 53, "fuse_conv_activation": 49},
+    ),
+    "resnext50": Expected(
+        (53, 53),
+        (53, 0),
+        {"eliminate_identity": 1, "fold_conv_bn": 53, "fuse_conv_activation": 49},
+    ),
+    # A dense layer normalises what others read too: those batch norms have no convolution of
+    # their own to go into.
+    "densenet121": Expected(
+        (120, 120),
+        (121, 62),
+        {"eliminate_identity": 1, "fold_conv_bn": 59, "fuse_conv_activation": 59},
+    ),
+    "mobilenet_v2": Expected(
+        (52, 52),
+        (52, 0),
+        {"eliminate_identity": 1, "fold_conv_bn": 52, "fuse_conv_activation": 35},
+    ),
+    "shufflenet_v2": Expected(
+        (56, 56),
+        (56, 0),
+        {"eliminate_identity": 1, "fold_conv_bn": 56, "fuse_conv_activation": 37},
+    ),
+    "efficientnet_b0": Expected(
+        (81, 81),
+        (49, 0),
+        {"eliminate_identity": 1, "fold_conv_bn": 49, "fuse_conv_activation": 65},
+    ),
+    # The identity branches' batch norms stand on no convolution.
+    "repvgg_a0": Expected(
+        (44, 44),
+        (61, 17),
+        {"eliminate_identity": 1, "fold_conv_bn": 44, "fuse_conv_activation": 5},
+    ),
+    "unet": Expected((23, 23), (22, 0), {"fold_conv_bn": 22, "fuse_conv_activation": 18}),
+    "yolo_neck": Expected(
+        (36, 36), (30, 0), {"fold_conv_bn": 30, "elide_concat": 4, "fuse_conv_activation": 30}
+    ),
+    "vit_tiny": Expected((1, 1), (0, 0), {"eliminate_identity": 1, "combine_parallel_convs": 12}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_comes_to_what_is_written_here(name: str) -> None:
+    network = importlib.import_module(f"models.{name}")
+    expected = NETWORKS[name]
+    before = captured(network.build(), *network.example_inputs())
+    after = optimized(before, "all")
+
+    convolutions, batch_norms = [], []
+    for program in (before, after):
+        left = counts(program)
+        convolutions.append(sum(left.get(k, 0) for k in ("conv2d", "conv_transpose2d", "conv_act")))
+        batch_norms.append(left.get("batch_norm", 0))
+    assert tuple(convolutions) == expected.convolutions
+    assert tuple(batch_norms) == expected.batch_norms
+    rewritten = {s.name: s.matched for s in after.trace if s.stage == "pass" and s.matched}
+    assert rewritten == expected.rewritten
+    # Rounding the folded constants to float32 costs 6e-8 a layer; the deepest network here
+    # amplifies that to 3e-6.
+    assert_same_function(before, after, tolerance=1e-5)
+
+
+def test_densenet_says_why_its_batch_norms_stay() -> None:
+    network = importlib.import_module("models.densenet121")
+    after = optimized(captured(network.build(), *network.example_inputs()), "fold_conv_bn")
+    said = reasons(after, "fold_conv_bn")
+    assert len(said) == 58
+    assert sum("has 2 users" in reason for reason in said) == 54
+    assert sum("is no convolution" in reason for reason in said) == 4
+
+
+def test_partial_convolutions_take_the_concats_out_of_squeezenet() -> None:
+    network = importlib.import_module("models.squeezenet")
+    before = captured(network.build(), *network.example_inputs())
+    after = optimized(before, "all,elide_concat.partial")
+    # Six of the eight fire modules feed a 1x1 convolution alone; two feed a pooling.
+    assert counts(before)["cat"] - counts(after)["cat"] == 6
+    assert_same_function(before, after, tolerance=1e-5)
