@@ -1,0 +1,161 @@
+"""Program -> ONNX artifact: what torch.onnx.export gives as it comes, and ours."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optfuse.conv_act import ensure_bias, translation_table
+from optfuse.errors import ExportError, OptfuseError
+from optfuse.files import sha256, staged
+from optfuse.graph import operators
+from optfuse.stages import Artifact, Program, Step, Variant
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+EMBED_LIMIT_BYTES = 1_900_000_000
+"""A protobuf file holds less than 2 GiB: from here on parameters lie in a second file beside it."""
+
+
+def export_baseline(program: Program, path: Path) -> Artifact:
+    """Write what `torch.onnx.export` gives as it comes: what people would deploy otherwise.
+
+    Args:
+        program: as captured; its exported program is handed over untouched.
+        path: of the ONNX file, which appears whole or not at all.
+
+    Raises:
+        ExportError: torch.onnx cannot translate the program.
+        OutputError: the file cannot be written.
+    """
+    started = time.perf_counter()
+    with _explained(program.name):
+        onnx_program = _to_onnx(program.exported)
+    return _write(onnx_program, program, path, "baseline", started)
+
+
+def export(
+    program: Program,
+    path: Path,
+    *,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+) -> Artifact:
+    """Write an optimised program as ONNX.
+
+    Args:
+        program: what `optimize` gave.
+        path: of the ONNX file, which appears whole or not at all.
+        input_names, output_names: what to call inputs and outputs, so that the file can stand in
+            for the export as it comes; by default what torch.onnx calls them.
+
+    Raises:
+        ExportError: torch.onnx cannot translate the program.
+        OutputError: the file cannot be written.
+    """
+    started = time.perf_counter()
+    with _explained(program.name):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                program.graph_module,
+                tuple(program.example_args),
+                dict(program.example_kwargs),
+                dynamic_shapes=program.dynamic_shapes,
+                strict=False,
+            )
+        onnx_program = _to_onnx(
+            exported,
+            custom_translation_table=translation_table(),
+            input_names=list(input_names) or None,
+            output_names=list(output_names) or None,
+        )
+        ensure_bias(onnx_program.model)
+    return _write(onnx_program, replace(program, exported=exported), path, "optimized", started)
+
+
+def _to_onnx(exported: torch.export.ExportedProgram, **options: Any) -> ONNXProgram:
+    with torch.no_grad(), _quiet():
+        onnx_program = torch.onnx.export(exported, (), dynamo=True, verbose=False, **options)
+    assert onnx_program is not None
+    return onnx_program
+
+
+def _write(
+    onnx_program: ONNXProgram, program: Program, path: Path, variant: Variant, started: float
+) -> Artifact:
+    weights_bytes = sum(
+        value.const_value.nbytes
+        for value in onnx_program.model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    with staged(path.parent) as folder:
+        onnx_program.save(folder / path.name, external_data=weights_bytes > EMBED_LIMIT_BYTES)
+        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        digest = sha256(folder / path.name)
+    graph = onnx_program.model.graph
+    total = sum(operators(program.graph_module).values())
+    step = Step(
+        stage="export",
+        name="torch.onnx.export",
+        seconds=time.perf_counter() - started,
+        operators_before=total,
+        operators_after=sum(1 for _ in graph),
+        settings={"variant": variant},
+    )
+    return Artifact(
+        path=path,
+        kind="onnx",
+        sha256=digest,
+        size_bytes=size_bytes,
+        variant=variant,
+        input_names=tuple(value.name or "" for value in graph.inputs),
+        output_names=tuple(value.name or "" for value in graph.outputs),
+        trace=(*program.trace, step),
+    )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OptfuseError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"'{name}' cannot be exported to ONNX",
+            f"{type(error).__name__}: {_reason(error)}",
+            "Replace that operator in the model by ones ONNX has, or run again with --debug",
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause that says something, in one line: the exporter wraps it in advice."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own notices (missing torchvision, deprecations) off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
