@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _backends: Any = torch.backends
+_torch_c: Any = torch._C
 
 
 @dataclass(frozen=True)
@@ -346,16 +347,35 @@ def _on_cpu(call: _Call) -> torch.Tensor:
 
 
 def _onednn_has(call: _Call) -> bool:
-    if _ONEDNN is None or not _backends.mkldnn.is_available():
+    if _ONEDNN is None or not call.all_are("cpu", torch.float32):
         return False
-    if not _backends.mkldnn.enabled or call.transposed or call.x.numel() == 0:
-        return False
-    if not call.all_are("cpu", torch.float32):
-        return False
-    if call.residual is not None:
+    if call.residual is None:
+        covered = ACTIVATIONS[call.activation].onednn is not None
+    else:
         # Its sum takes no post-operator but ReLU, and no one-dimensional convolution.
-        return call.activation == "relu" and call.x.dim() > 3 and call.residual_fits()
-    return ACTIVATIONS[call.activation].onednn is not None
+        covered = call.activation == "relu" and call.x.dim() > 3 and call.residual_fits()
+    return covered and _pytorch_takes_onednn(call)
+
+
+def _pytorch_takes_onednn(call: _Call) -> bool:
+    """Whether PyTorch itself would run the convolution by oneDNN.
+
+    It does not where another kernel is faster: oneDNN needs about 80 microseconds for a call, and
+    a matrix product beats it at 1x1 on one thread. What a fused kernel saves behind a convolution
+    is less than what it then loses in it.
+    """
+    chosen = _torch_c._select_conv_backend(
+        call.x,
+        call.weight,
+        call.bias,
+        list(call.stride),
+        list(call.padding),
+        list(call.dilation),
+        call.transposed,
+        list(call.output_padding),
+        call.groups,
+    )
+    return bool(chosen == _torch_c._ConvBackend.Mkldnn)
 
 
 def _onednn(call: _Call) -> torch.Tensor:

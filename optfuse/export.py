@@ -22,6 +22,10 @@ from optfuse.stages import Artifact, Program, Step, Variant
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
+OPSET = 20
+"""Of our file: what the translation of `conv_act` is written in, and what torch.onnx takes by
+itself."""
+
 EMBED_LIMIT_BYTES = 1_900_000_000
 """A protobuf file holds less than 2 GiB: from here on parameters lie in a second file beside it."""
 
@@ -76,6 +80,7 @@ def export(
         onnx_program = _to_onnx(
             exported,
             custom_translation_table=translation_table(),
+            opset_version=OPSET,
             input_names=list(input_names) or None,
             output_names=list(output_names) or None,
         )

@@ -18,21 +18,20 @@ from torch.fx import _pytree as fx_pytree
 
 ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
-UNCOUNTED = frozenset({operator.getitem, ASSERT})
-"""Calls that compute nothing: picking one of several results, and asserts."""
 
 
 def operators(graph_module: fx.GraphModule) -> dict[str, int]:
     """How many operators of each kind the graph holds, e.g. `{"conv2d": 57}`, most frequent first.
 
     Counted as the ATen name without its overload; graphs inside higher-order operators count too.
+    Python's own calls are not counted: picking one of several results, arithmetic on sizes.
     """
     counts: dict[str, int] = {}
     for module in graph_module.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
-            if node.op == "call_function" and node.target not in UNCOUNTED:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase):
                 name = kind(node)
                 counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

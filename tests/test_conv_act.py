@@ -266,6 +266,20 @@ def test_onednn_can_be_switched_off(recorder: Recorder, monkeypatch: pytest.Monk
     assert recorder.calls == []
 
 
+def test_a_convolution_that_pytorch_gives_to_another_kernel_stays_there(
+    recorder: Recorder,
+) -> None:
+    case = Case("conv2d", torch.float32)
+    # One small 3x3 convolution: PyTorch multiplies matrices, whatever the number of threads.
+    case.x = case.x[:1, :2]
+    settings = ([1, 1], [1, 0], [1, 1], False, [0, 0], 1, "relu", [])
+    actual = CONV_ACT(case.x, case.weight, case.bias, None, None, *settings)
+    assert recorder.calls == []
+    expected = F.relu(F.conv2d(case.x, case.weight, case.bias, padding=(1, 0)))
+    # Bit for bit: the same operators on the same numbers.
+    assert torch.equal(actual, expected)
+
+
 def test_it_works_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_act, "_ONEDNN", None)
     case = Case("residual", torch.float32)
