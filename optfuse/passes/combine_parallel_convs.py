@@ -144,7 +144,7 @@ class CombineParallelConvs(Pass):
         by_tensor: dict[fx.Node, list[Convolution]] = {}
         for node in graph.nodes:
             convolution = convolution_of(node)
-            if convolution is not None and _is_plain(convolution):
+            if convolution is not None and value(convolution.weight).is_floating_point():
                 by_tensor.setdefault(convolution.x, []).append(convolution)
         for parallel in by_tensor.values():
             if len(parallel) > 1:
@@ -238,12 +238,6 @@ class CombineParallelConvs(Pass):
                 else edit.constant(f"{first.target}_combined_bias", stacked, dtype),
             )
         return self._combined[key]
-
-
-def _is_plain(convolution: Convolution) -> bool:
-    weight = value(convolution.weight)
-    # A linear layer's weight may be a vector, and then there is no dimension to stack along.
-    return bool(weight.dtype.is_floating_point and weight.dim() > 1)
 
 
 def _settings(convolution: Convolution) -> Settings:

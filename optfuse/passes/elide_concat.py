@@ -412,7 +412,7 @@ def _match_partial(concat: Concat) -> Partial | Refusal | None:
 def _layer_on(concat: Concat, user: fx.Node) -> Convolution | None:
     """The convolution or linear layer that `user` is, if the concat is along its channels."""
     layer = convolution_of(user)
-    if layer is None or layer.x is not concat.node or value(layer.weight).dim() < 2:
+    if layer is None or layer.x is not concat.node:
         return None
     return layer if value(concat.node).dim() + layer.channel_dim == concat.dim else None
 

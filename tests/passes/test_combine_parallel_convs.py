@@ -370,17 +370,18 @@ def test_leaves_alone_what_stands_alone() -> None:
     assert reasons(check(before, {"conv2d": 2, "linear": 1}), PASS) == []
 
 
-def test_layers_with_a_vector_for_a_weight_are_left_alone() -> None:
-    class Vectors(nn.Module):
+def test_convolutions_of_integers_are_left_alone() -> None:
+    class Integers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+            self.register_buffer("one", torch.arange(1, 9).reshape(2, 4, 1, 1))
+            self.register_buffer("two", torch.arange(5, 17).reshape(3, 4, 1, 1))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return F.linear(x, self.one), F.linear(x, self.two)
+            return F.conv2d(x, self.one), F.conv2d(x, self.two)
 
-    before = captured(scramble(Vectors()).double(), torch.randn(3, 4).double())
-    assert reasons(check(before, {"linear": 2}), PASS) == []
+    before = captured(Integers().eval(), torch.arange(1, 37).reshape(1, 4, 3, 3))
+    assert reasons(check(before, {"conv2d": 2}), PASS) == []
 
 
 def test_googlenet_has_39_convolutions_left_of_57() -> None:

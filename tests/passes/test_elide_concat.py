@@ -221,13 +221,24 @@ def test_what_is_used_in_front_of_the_concat_is_replaced_there() -> None:
     check(program(part, 8), {"split_with_sizes": 1, "exp": 1, "cat": 1})
 
 
+def test_a_split_keeps_the_pieces_that_are_seen_twice() -> None:
+    def seen(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c, d = x.split(2, 1)
+        return cat(a, b, y, b), cat(c, d, y) + d.sum()
+
+    before = program(seen, 8, 3)
+    after = optimized(before, PASS)
+    assert counts(after) == counts(before)
+    assert_same_function(before, after, tolerance=EXACT)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda x: cat(*reversed(x.split(2, 1))),
         lambda x: torch.cat(x.split(2, 1), 2),
         lambda x: cat(x[:, 0:2], x[:, 4:6], x[:, 2:4], x[:, 6:8]),
-        lambda x: cat(x[:, 0:4:2], x[:, 4:8:2]),
+        lambda x: cat(x[:, 0:4:2], x[:, 2:6:2]),
         lambda x: cat(*(torch.exp(piece) for piece in x.split(4, 1))),
     ],
 )
@@ -316,6 +327,14 @@ def test_refuses_a_cut_across_the_borders() -> None:
         program(lambda a, b: cat(a, b).split(4, 1), 3, 5),
         "its borders are not those of cat: taking the pieces from the inputs would "
         "need 3 operators in place of 2",
+    )
+
+
+def test_refuses_a_slice_that_would_need_a_slice_and_a_concat() -> None:
+    refused(
+        program(lambda a, b: cat(a, b)[:, :6], 3, 5),
+        "its borders are not those of cat: taking the pieces from the inputs would need 2 "
+        "operators in place of 2",
     )
 
 
