@@ -232,15 +232,18 @@ def explain(
 @_reporting
 def list_passes() -> None:
     """List the passes in the order they run, with the equation of each."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     from optfuse import passes
 
     console = _stdout()
     for number, name in enumerate(passes.ORDER, start=1):
         loaded = passes.load(name)
         console.print(f"{number}. {name}", style="bold", highlight=False)
-        console.print(f"   {loaded.equation}", highlight=False, markup=False)
-        for option, meaning in loaded.OPTIONS.items():
-            console.print(f"   {name}.{option}: {meaning}", highlight=False, markup=False)
+        options = [f"{name}.{option}: {meaning}" for option, meaning in loaded.OPTIONS.items()]
+        for text in (loaded.equation, *options):
+            console.print(Padding(Text(text), (0, 0, 0, 3)))
 
 
 @app.command("engines")

@@ -326,8 +326,8 @@ def _through_concat(
     on_borders = all(len(r) == 1 or all(piece.whole for piece in r) for r in routes.values())
     if added > removed or (added == removed and not on_borders):
         reason = (
-            f"its borders are not those of {describe(source)}: taking the pieces from the inputs "
-            f"would need {added} operators in place of {removed}"
+            f"taking its pieces from the inputs of {describe(source)} would need {added} operators "
+            f"in place of {removed}"
         )
         routes = {picks: pieces for picks, pieces in routes.items() if _cost(pieces) == 0}
         if not routes:

@@ -193,7 +193,7 @@ def _fold_one(source: fx.Node, user: fx.Node, result: fx.Node, affine: Affine) -
         return folded
     return Fold(
         nodes=_distinct(source, user, result),
-        note=f"{kind(user)} into {describe(source)}",
+        note=f"{kind(user)} folded in",
         anchor=0,  # the new convolution stands in the old one's place and module
         folded=(folded,),
         result=result,
@@ -229,7 +229,7 @@ def _fold_branches(cat: fx.Node, user: fx.Node, result: fx.Node, affine: Affine)
         start += folded.convolution.out_channels
     return Fold(
         nodes=(*bound["tensors"], cat, user, result),
-        note=f"{kind(user)} into the {len(all_folded)} branches of {describe(cat)}",
+        note=f"{kind(user)} folded into the {len(all_folded)} branches of {describe(cat)}",
         folded=tuple(all_folded),
         result=result,
         cat=cat,

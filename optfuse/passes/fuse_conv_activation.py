@@ -185,7 +185,7 @@ def _fuse(
     with_residual = "" if residual is None else f" and the sum with {describe(residual)}"
     return Fusion(
         nodes=nodes,
-        note=f"{ending.activation} into {describe(convolution.node)}{with_residual}",
+        note=f"{ending.activation}{with_residual} into {describe(convolution.node)}",
         convolution=convolution,
         padding=convolution.padding,
         residual=residual,

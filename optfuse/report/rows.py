@@ -179,7 +179,7 @@ def speedups(document: Document) -> Table:
     )
     rows = [
         (
-            row["engine"],
+            row["engine"] if row["variant"] == "optimized" else _who(row),
             _against(row),
             _ratio(row),
             row["verdict"],
@@ -350,6 +350,8 @@ def explanation(steps: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     """Every place every step rewrote or refused, as (level of indentation, line)."""
     lines: list[tuple[int, str]] = []
     for step in steps:
+        if step["stage"] != "pass":
+            continue
         lines.append((0, _step_sentence(step)))
         if step["undone"]:
             lines.append((1, f"undone: {step['undone']}"))

@@ -325,17 +325,31 @@ def test_a_slice_of_a_concat_that_others_see() -> None:
 def test_refuses_a_cut_across_the_borders() -> None:
     refused(
         program(lambda a, b: cat(a, b).split(4, 1), 3, 5),
-        "its borders are not those of cat: taking the pieces from the inputs would "
-        "need 3 operators in place of 2",
+        "taking its pieces from the inputs of cat would need 3 operators in place of 2",
     )
 
 
 def test_refuses_a_slice_that_would_need_a_slice_and_a_concat() -> None:
     refused(
         program(lambda a, b: cat(a, b)[:, :6], 3, 5),
-        "its borders are not those of cat: taking the pieces from the inputs would need 2 "
-        "operators in place of 2",
+        "taking its pieces from the inputs of cat would need 2 operators in place of 2",
     )
+
+
+def test_refuses_concats_of_the_inputs_beside_a_concat_that_others_see() -> None:
+    def seen(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        whole = cat(a, b, c, a)
+        return (whole.exp(), *whole.split([3, 4], 1))
+
+    refused(
+        program(seen, 1, 2, 3),
+        "taking its pieces from the inputs of cat would need 2 operators in place of 1",
+    )
+
+
+def test_a_cut_along_another_dimension_than_the_concat_is_left_alone() -> None:
+    before = program(lambda a, b: (cat(a, b)[..., :2], *cat(b, a).split(2, 2)), 3, 3)
+    assert reasons(check(before, counts(before)), PASS) == []
 
 
 def test_an_empty_slice_of_a_concat_is_left_alone() -> None:

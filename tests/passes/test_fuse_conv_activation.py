@@ -185,7 +185,7 @@ def test_a_resnet_block_becomes_three_convolutions_and_nothing_else() -> None:
     assert calls(after)[1].args[1].target == "projection.weight"
     assert [site.note for site in step(after, PASS).sites] == [
         "relu into conv2d (first)",
-        "relu into conv2d_2 (projection) and the sum with conv2d_1 (second)",
+        "relu and the sum with conv2d_1 (second) into conv2d_2 (projection)",
     ]
 
 

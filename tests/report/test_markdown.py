@@ -37,7 +37,7 @@ def test_it_reads_as_a_report() -> None:
     assert "- WARNING: elide_concat was undone: in float64" in text
     assert "- tensorrt-rtx sm_89 not measured: no GPU\n" in text
     assert "| fold_conv_bn | 57 | 3 | 196 -> 139 | 1.2e-15 | 2.3 |\n" in text
-    assert "| onnxruntime optimized | onnxruntime as exported | 1.02x [0.99, 1.04] | und" in text
+    assert "| onnxruntime | as exported | 1.02x [0.99, 1.04] | und" in text
     assert "```sh\noptfuse optimize models/googlenet.py:build --output 'my folder'\n```" in text
     assert "\n- gpu: -\n" in text
     assert text.endswith("\nWritten 2026-03-04T05:08:09+00:00.\n")
