@@ -19,7 +19,6 @@ from torch.fx import _pytree as fx_pytree
 ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 
-
 def operators(graph_module: fx.GraphModule) -> dict[str, int]:
     """How many operators of each kind the graph holds, e.g. `{"conv2d": 57}`, most frequent first.
 

@@ -113,7 +113,7 @@ def optimize(
     step = run.round_constants()
     return replace(
         program,
-        graph_module=run.graph_module,
+        graph_module=_with_what_it_uses(run.graph_module),
         trace=(*program.trace, *run.steps(), *([step] if step else [])),
     )
 
@@ -126,7 +126,7 @@ class _Run:
     seed: int
     graph_module: fx.GraphModule = field(init=False)
     version: int = 0
-    """Counts the changes; a pass that found nothing at this version need not run again."""
+    """Counts the changes; a pass that came to its end at this version need not run again."""
     settled: dict[str, int] = field(default_factory=dict)
     undone: set[str] = field(default_factory=set)
     refused: dict[str, tuple[Refused, ...]] = field(default_factory=dict)
@@ -137,8 +137,7 @@ class _Run:
     def __post_init__(self) -> None:
         original = self.program.graph_module
         prepare(original)
-        self.graph_module = fx.GraphModule(original, copied(original.graph))
-        self.graph_module.eval()
+        self.graph_module = _with_what_it_uses(original)
         self.proof = _Proof(self.program, self.seed)
 
     def apply(self, each: Pass, number: int) -> bool:
@@ -154,11 +153,11 @@ class _Run:
         if undone is not None:
             attempt.undo()
             self.undone.add(each.name)
-        elif changed:
-            self.version += 1
-            self.constants += attempt.edit.constants
-            self._drop_unused_constants()
         else:
+            if changed:
+                self.version += 1
+                self.constants += attempt.edit.constants
+                self._drop_unused_constants()
             self.settled[each.name] = self.version
         if changed or undone is not None or number == 1:
             self.recorded.append(
@@ -207,7 +206,6 @@ class _Run:
                 name, torch.nn.Parameter(rounded, requires_grad=False)
             )
             count += 1
-        self.graph_module.recompile()
         if not count:
             return None
         total = sum(operators(self.graph_module).values())
@@ -327,9 +325,17 @@ class _EndlessError(Exception):
 def _rewrite(each: Pass, edit: Edit, match: Match) -> None:
     edit.before(match.nodes[match.anchor], match.nodes)
     replacements: Mapping[fx.Node, fx.Node] = each.rewrite(edit, match)
-    for old, new in replacements.items():
-        old.replace_all_uses_with(new)
+    # Once a user and not once a replacement: a concat may take in a thousand branches.
+    for user in dict.fromkeys(user for old in replacements for user in old.users):
+        user.args, user.kwargs = fx.node.map_arg(
+            (user.args, user.kwargs), lambda node: replacements.get(node, node)
+        )
     edit.erase_unused((*replacements, *match.nodes))
+
+
+def _with_what_it_uses(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares those parameters that its graph uses, and keeps no others alive."""
+    return fx.GraphModule(graph_module, copied(graph_module.graph)).eval()
 
 
 def _one_line(error: Exception) -> str:

@@ -116,13 +116,7 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
     with ExitStack() as stack:
         sessions = _open_all(captured, faster, engines, request, found, stack, notify)
         _compare_all(captured, sessions, found, notify)
-        if request.duration_seconds > 0 and sessions:
-            found.measurements = measure(
-                sessions,
-                schedule=Schedule(budget_seconds=request.duration_seconds),
-                seed=request.source.seed,
-                notify=notify,
-            )
+        _measure_all(sessions, request, found, notify)
 
     report = _report(request, machine, selected, engines, captured, faster, optimized, found)
     write_text(output / "report.json", schema.dump(report))
@@ -176,8 +170,10 @@ def _choose(request: Request) -> list[Backend]:
         elif request.engines:
             raise EngineError(
                 f"The engine '{name}' cannot be used here",
-                missing,
-                "Install it, give it a --target it can build for, or choose other engines",
+                backend.unavailable() or f"It cannot run: {missing}",
+                "Give it a --target to build for without a GPU, such as sm_89"
+                if backend.builds and backend.unavailable() is None
+                else "Install what it needs, or choose from what 'optfuse engines' calls ready",
             )
     return chosen
 
@@ -274,6 +270,35 @@ def _compare_all(
                     reference_name=REFERENCE,
                 )
             )
+
+
+def _measure_all(
+    sessions: Sequence[tuple[str, Variant, Session]],
+    request: Request,
+    found: _Findings,
+    notify: Notify,
+) -> None:
+    """Latency of everything that is open, in one interleaved run."""
+    if request.duration_seconds <= 0:
+        _not_measured(sessions, "no time was given to it (--duration 0)", found)
+    elif sessions:
+        try:
+            found.measurements = measure(
+                sessions,
+                schedule=Schedule(budget_seconds=request.duration_seconds),
+                seed=request.source.seed,
+                notify=notify,
+            )
+        except EngineError as error:
+            found.failures.append(error)
+            _not_measured(sessions, f"an engine failed: {error.cause}", found)
+
+
+def _not_measured(
+    sessions: Sequence[tuple[str, Variant, Session]], reason: str, found: _Findings
+) -> None:
+    for engine in dict.fromkeys(engine for engine, _, _ in sessions):
+        found.not_measured.append(schema.NotMeasured(engine, None, None, reason))
 
 
 def _report(
