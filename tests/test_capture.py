@@ -304,6 +304,10 @@ def raises_wordlessly(module: Calling, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def multiplies(module: Calling, x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(2, -1) @ torch.ones(7, 3)  # seven rows
+
+
 def misspells(module: Calling, x: torch.Tensor) -> torch.Tensor:
     return module.linaer(x)  # type: ignore[operator]  # misspelt
 
@@ -355,6 +359,12 @@ FAILING: list[tuple[Callable[..., Any], str | None, str, str]] = [
     ),
     (raises, "# on purpose", "with ValueError: the image is too small", PLAIN_STEP),
     (raises_wordlessly, "# no words", "with AssertionError", PLAIN_STEP),
+    (
+        multiplies,
+        "# seven rows",
+        "with RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x256 and 7x3)",
+        PLAIN_STEP,
+    ),
     (
         misspells,
         "# misspelt",
@@ -409,6 +419,7 @@ def test_a_failure_names_the_line_the_cause_and_the_next_step(
     cause: str,
     step: str,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     module = Calling(function)
     module.table = torch.tensor([2.0])  # type: ignore[assignment]
@@ -421,6 +432,7 @@ def test_a_failure_names_the_line_the_cause_and_the_next_step(
     assert "https" not in str(error)
     # torch.export prints the graph as far as it came, and logs: neither is the user's business.
     assert capfd.readouterr() == ("", "")
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 class Needing(nn.Module):

@@ -1,0 +1,125 @@
+"""FLOPs and parameters, counted by hand and by the program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optfuse.cost import flops, parameters
+from tests.harness import captured, optimized, scramble
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+LAYERS: list[tuple[nn.Module, tuple[int, ...], int]] = [
+    # A multiply-add is two: 2 x outputs x inputs behind each output.
+    (nn.Linear(5, 7), (3, 5), 2 * 3 * 7 * 5),
+    (nn.Linear(5, 7, bias=False), (3, 5), 2 * 3 * 7 * 5),
+    (nn.Conv2d(4, 6, 3), (2, 4, 8, 9), 2 * (2 * 6 * 6 * 7) * (4 * 3 * 3)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 9), 2 * (2 * 6 * 6 * 7) * (2 * 3 * 3)),
+    (nn.Conv1d(4, 6, 3, stride=2), (2, 4, 9), 2 * (2 * 6 * 4) * (4 * 3)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2), (1, 4, 3, 5), 2 * (4 * 3 * 5) * (6 * 2 * 2)),
+    (nn.ReLU(), (3, 5), 0),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "expected"), LAYERS)
+def test_flops_of_a_layer(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    assert flops(captured(layer.eval(), numbers(*shape))) == expected
+
+
+def test_attention_is_counted_as_its_two_products() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = numbers(2, 3, 5, 8), numbers(2, 3, 7, 8), numbers(2, 3, 7, 8)
+    # 6 heads; 5 queries by 7 keys of 8 numbers, then 5 results of 8 numbers from 7 values.
+    assert flops(captured(Attention(), q, k, v)) == 2 * 6 * (5 * 7 * 8 + 5 * 8 * 7)
+
+
+def test_what_is_called_twice_costs_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.linear(x))  # type: ignore[no-any-return]
+
+    program = captured(scramble(Twice()), numbers(3, 4))
+    assert flops(program) == 2 * (2 * 3 * 4 * 4)
+    assert parameters(program) == 4 * 4 + 4
+
+
+def test_folding_takes_parameters_away_and_leaves_the_flops() -> None:
+    module = scramble(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    before = captured(module, numbers(2, 3, 6, 6))
+    after = optimized(before, "all")
+    assert flops(before) == flops(after) == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
+    assert parameters(before) == 4 * 27 + 4 + 4 + 4
+    assert parameters(after) == 4 * 27 + 4
+
+
+def test_counting_runs_nothing() -> None:
+    """Neither a buffer that forward writes to nor an input changes, and no memory is needed."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(7))
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            x.add_(1)
+            return self.linear(x) * self.calls  # type: ignore[no-any-return]
+
+    program = captured(scramble(Counting()), numbers(3, 4))
+    example = program.example_args[0].clone()
+    assert flops(program) == 2 * 3 * 4 * 4
+    assert int(program.graph_module.calls) == 7
+    assert torch.equal(program.example_args[0], example)
+
+
+def test_inputs_of_any_nesting() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, pair: Any, times: int, *, named: Any) -> Any:
+            return self.linear(pair[0] + pair[1]) * times + named["x"]
+
+    module = scramble(Nested())
+    program = captured(
+        module, (numbers(3, 4), numbers(4)), 2, kwargs={"named": {"x": numbers(3, 2)}}
+    )
+    assert flops(program) == 2 * 3 * 2 * 4
+
+
+@pytest.mark.parametrize("share", [lambda weight: weight, lambda weight: nn.Parameter(weight.data)])
+def test_parameters_count_a_shared_one_once_and_no_buffers(share: Any) -> None:
+    """Shared is what lies in the same memory, under one name or two."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4)
+            self.second.weight = share(self.first.weight)
+            self.norm = nn.BatchNorm1d(4, affine=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.second(self.first(x)))  # type: ignore[no-any-return]
+
+    assert parameters(captured(scramble(Shared()), numbers(3, 4))) == 16 + 4
+
+
+def test_parameters_of_a_model_without_any() -> None:
+    assert parameters(captured(nn.ReLU(), numbers(3))) == 0
