@@ -297,7 +297,8 @@ def _stdout() -> Console:
 def _stderr() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    # The stream of now: rich would follow a later redirection, and go silent during capture.
+    return Console(file=sys.stderr)
 
 
 def _fail(error: OptfuseError, debug: bool) -> None:

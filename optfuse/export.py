@@ -26,8 +26,9 @@ OPSET = 20
 """Of our file: what the translation of `conv_act` is written in, and what torch.onnx takes by
 itself."""
 
-EMBED_LIMIT_BYTES = 1_900_000_000
-"""A protobuf file holds less than 2 GiB: from here on parameters lie in a second file beside it."""
+EMBED_LIMIT_BYTES = 256 * 2**20
+"""From here on parameters lie in a second file beside the ONNX file, as torch.onnx does by itself.
+Protobuf allows less than 2 GiB in one file, and holds three copies of all of it while it writes."""
 
 
 def export_baseline(program: Program, path: Path) -> Artifact:
@@ -88,6 +89,11 @@ def export(
     return _write(onnx_program, replace(program, exported=exported), path, "optimized", started)
 
 
+def data_file(path: Path) -> Path:
+    """The second file of an ONNX file, where its parameters are if they are not in the first."""
+    return path.with_name(path.name + ".data")
+
+
 def _to_onnx(exported: torch.export.ExportedProgram, **options: Any) -> ONNXProgram:
     with torch.no_grad(), _quiet():
         onnx_program = torch.onnx.export(exported, (), dynamo=True, verbose=False, **options)
@@ -103,10 +109,13 @@ def _write(
         for value in onnx_program.model.graph.initializers.values()
         if value.const_value is not None
     )
+    beside = weights_bytes > EMBED_LIMIT_BYTES
     with staged(path.parent) as folder:
-        onnx_program.save(folder / path.name, external_data=weights_bytes > EMBED_LIMIT_BYTES)
+        onnx_program.save(folder / path.name, external_data=beside)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
         digest = sha256(folder / path.name)
+    if not beside:
+        data_file(path).unlink(missing_ok=True)  # of a larger model that was exported here before
     graph = onnx_program.model.graph
     total = sum(operators(program.graph_module).values())
     step = Step(

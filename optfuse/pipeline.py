@@ -16,9 +16,9 @@ from optfuse.backends import Backend, Session
 from optfuse.capture import capture
 from optfuse.compare import drift
 from optfuse.environment import environment
-from optfuse.errors import EngineError, FunctionChangedError, OptfuseError
-from optfuse.export import export, export_baseline
-from optfuse.files import staged, write_text
+from optfuse.errors import EngineError, FunctionChangedError, ModelError, OptfuseError
+from optfuse.export import data_file, export, export_baseline
+from optfuse.files import sha256, staged, write_text
 from optfuse.float64 import run_float64
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.load import load
@@ -112,7 +112,7 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
         output_names=baseline.output_names,
     )
 
-    found = _Findings(output, artifacts=[baseline, optimized])
+    found = _Findings(output, artifacts=[baseline, optimized, *_weights(baseline, optimized)])
     with ExitStack() as stack:
         sessions = _open_all(captured, faster, engines, request, found, stack, notify)
         _compare_all(captured, sessions, found, notify)
@@ -178,6 +178,17 @@ def _choose(request: Request) -> list[Backend]:
     return chosen
 
 
+def _weights(*exported: Artifact) -> list[Artifact]:
+    """The second files of ONNX files that have one."""
+    found = []
+    for artifact in exported:
+        path = data_file(artifact.path)
+        if path.is_file():
+            size_bytes = path.stat().st_size
+            found.append(Artifact(path, "weights", sha256(path), size_bytes, artifact.variant))
+    return found
+
+
 def _open_all(
     captured: Program,
     faster: Program,
@@ -188,7 +199,7 @@ def _open_all(
     notify: Notify,
 ) -> list[tuple[str, Variant, Session]]:
     """Open the export as it comes, the same once more as a control, and ours, on every engine."""
-    onnx = {artifact.variant: artifact for artifact in found.artifacts}
+    onnx = {each.variant: each for each in found.artifacts if each.kind == "onnx"}
     options = BuildOptions(targets=request.targets, threads=request.threads, cache=_cache_folder())
     feeds = _tensors(flat_inputs(captured.graph_module, *_examples(captured)))
     opened: list[tuple[str, Variant, Session]] = []
@@ -258,7 +269,17 @@ def _compare_all(
     if not sessions:
         return
     notify("Running the float64 reference", None)
-    reference = _tensors(run_float64(captured.graph_module, *_examples(captured)))
+    try:
+        reference = _tensors(run_float64(captured.graph_module, *_examples(captured)))
+    except Exception as error:
+        found.failures.append(
+            ModelError(
+                f"The drift of '{captured.name}' cannot be taken",
+                f"It does not run in float64: {type(error).__name__}",
+                "Use the report's latency alone, or leave out of the model what needs float32",
+            )
+        )
+        return
     for engine, variant, session in sessions:
         if variant != "control":
             found.drifts.append(

@@ -208,7 +208,7 @@ class Artifact:
 
     Attributes:
         path: where it is.
-        kind: `onnx`, `engine` or `report`.
+        kind: `onnx`, `weights` (the second file of a large ONNX file) or `engine`.
         sha256: of the file's bytes (of the main file, where weights lie in a second one).
         size_bytes: with its external data.
         variant: which program it holds.
@@ -217,7 +217,7 @@ class Artifact:
     """
 
     path: Path
-    kind: Literal["onnx", "engine", "report"]
+    kind: Literal["onnx", "weights", "engine"]
     sha256: str
     size_bytes: int
     variant: Variant = "optimized"

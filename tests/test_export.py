@@ -121,6 +121,12 @@ def test_large_parameters_lie_in_a_second_file(
         assert torch.equal(ours, embedded)
 
 
+def test_a_second_file_of_an_earlier_export_goes_away(faster: Program, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx.data").write_bytes(b"of a larger model")
+    export(faster, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
 def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
     class Sorted(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

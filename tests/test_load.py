@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-import optfuse.load
 from optfuse.errors import LoadError, UsageError
-from optfuse.load import DTYPES, load, parse_input
+from optfuse.load import DTYPES, SOURCE_KINDS, load, parse_input
 from optfuse.stages import InputSpec, Source
 
 NETWORK = """
@@ -505,10 +504,10 @@ def test_input_larger_than_memory_is_a_sentence(
     [
         ("models/googlenet.py", "Add the callable, like 'models/googlenet.py:build'"),
         ("models/googlenet.py:", "Add the callable, like 'models/googlenet.py:build'"),
-        (":build", optfuse.load.SOURCE_KINDS),
-        ("resnet18", optfuse.load.SOURCE_KINDS),
-        ("timm:", optfuse.load.SOURCE_KINDS),
-        ("", optfuse.load.SOURCE_KINDS),
+        (":build", SOURCE_KINDS),
+        ("resnet18", SOURCE_KINDS),
+        ("timm:", SOURCE_KINDS),
+        ("", SOURCE_KINDS),
     ],
 )
 def test_source_without_a_callable_is_refused(text: str, next_step: str) -> None:
