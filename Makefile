@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	    --output out/googlenet
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

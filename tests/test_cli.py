@@ -127,11 +127,12 @@ def test_our_file_can_stand_in_for_the_export_as_it_comes(folder: Path) -> None:
     assert all(len(node.input) == 3 for node in ours.node if node.op_type == "Conv")
 
 
-def test_json_alone_is_on_standard_output(folder: Path) -> None:
+def test_json_alone_is_on_standard_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/optfuse", "optimize", "a model.py:build"])
     result = optimized("net_of_cli_tests.py:build", "--json")
     report = json.loads(result.stdout)
     assert report == json.loads((folder / "out/net_of_cli_tests/report.json").read_text())
-    assert report["command"].startswith("optfuse ")
+    assert report["command"] == "optfuse optimize 'a model.py:build'"
 
 
 def test_quiet_prints_nothing(folder: Path) -> None:

@@ -90,7 +90,10 @@ def test_file_imports_its_neighbours(tmp_path: Path) -> None:
     assert type(loaded.module).__module__ == "neighbour_of_net"
 
 
-def test_file_does_not_shadow_an_installed_module(tmp_path: Path) -> None:
+def test_file_does_not_shadow_an_installed_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     path = write(tmp_path / "colorsys.py", NETWORK)
     loaded = load(Source(f"{path}:build"))
     assert loaded.name == "colorsys"
