@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/optfuse optimize models/googlenet.py:build \
 	    --engine torch --engine onnxruntime --engine tensorrt-rtx --target sm_89 \
-	    --output out/googlenet
+	    --threads 1 --output out/googlenet
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Request:
         engines: which engines build and run it; empty for all that are here.
         targets: compute capabilities to build engines for, e.g. `("sm_89",)`.
         output: the folder that receives everything; None for `out/` and the model's name.
-        threads: of every engine that runs on the CPU.
+        threads: of every engine that runs on the CPU, and of the proofs.
         duration_seconds: how long latency is measured in all; 0 measures none.
         strict: a pass that changed the function fails the run, after it was undone.
         command: the command line that gives this run again.
@@ -92,7 +92,17 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
     selected = select(request.passes)
     engines = _choose(request)
     machine = environment(request.threads)  # now, so that its load is not our own
+    with _torch_threads(request.threads):
+        return _run(request, machine, selected, engines, notify)
 
+
+def _run(
+    request: Request,
+    machine: Mapping[str, Any],
+    selected: Sequence[Pass],
+    engines: Sequence[Backend],
+    notify: Notify,
+) -> Outcome:
     notify(f"Loading {request.source.text}", None)
     model = load(request.source)
     output = request.output or Path("out") / model.name
@@ -135,6 +145,17 @@ def explain(source: Source, passes: str, notify: Notify = silent) -> Program:
     model = load(source)
     notify(f"Capturing {model.name} with torch.export", None)
     return optimize(capture(model), selected, seed=source.seed, notify=notify)
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """PyTorch's thread count, for the proofs and the reference as well as for its own engine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
