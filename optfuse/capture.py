@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from optfuse.errors import CaptureError
-from optfuse.graph import ASSERT, attribute, operators, prepare
+from optfuse.graph import ASSERT, operators, own_what_is_written, prepare
 from optfuse.stages import LoadedModel, Program, Step
 
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
@@ -50,7 +50,7 @@ def capture(model: LoadedModel) -> Program:
     assert isinstance(graph_module, fx.GraphModule)
     _drop_asserts(graph_module)
     prepare(graph_module)
-    _own_what_is_written(graph_module)
+    own_what_is_written(graph_module)
     total = sum(operators(graph_module).values())
     step = Step(
         stage="capture",
@@ -79,19 +79,6 @@ def _drop_asserts(graph_module: fx.GraphModule) -> None:
     for node in unused:
         graph_module.graph.erase_node(node)
     graph_module.recompile()
-
-
-def _own_what_is_written(graph_module: fx.GraphModule) -> None:
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and node.meta["written"]:
-            owner, _, name = str(node.target).rpartition(".")
-            holder = attribute(graph_module, owner) if owner else graph_module
-            shared = attribute(graph_module, node.target)
-            copied = shared.detach().clone()
-            if isinstance(shared, torch.nn.Parameter):
-                setattr(holder, name, torch.nn.Parameter(copied, requires_grad=False))
-            else:
-                holder.register_buffer(name, copied)
 
 
 @contextmanager

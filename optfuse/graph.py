@@ -248,6 +248,21 @@ def prepare(graph_module: fx.GraphModule) -> None:
                 node.meta["val"] = fake_mode.from_tensor(found, static_shapes=True)
 
 
+def own_what_is_written(graph_module: fx.GraphModule) -> None:
+    """Give a prepared graph its own copy of every constant that running it writes to, so that
+    whoever shares the others sees nothing of it."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.meta["written"]:
+            owner, _, name = str(node.target).rpartition(".")
+            holder = attribute(graph_module, owner) if owner else graph_module
+            shared = attribute(graph_module, node.target)
+            copied = shared.detach().clone()
+            if isinstance(shared, torch.nn.Parameter):
+                setattr(holder, name, torch.nn.Parameter(copied, requires_grad=False))
+            else:
+                holder.register_buffer(name, copied)
+
+
 def written_memory(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes whose memory something in the graph writes to: what is written, and its views.
 

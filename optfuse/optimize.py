@@ -19,7 +19,7 @@ from torch import fx
 from optfuse import passes
 from optfuse.errors import ModelError, UsageError
 from optfuse.float64 import distance, random_inputs, run_float64
-from optfuse.graph import Edit, attribute, copied, describe, operators, prepare
+from optfuse.graph import Edit, attribute, copied, describe, operators, own_what_is_written, prepare
 from optfuse.passes import Match, Pass, Refusal
 from optfuse.stages import Notify, Program, Refused, Site, Step, silent
 
@@ -138,6 +138,7 @@ class _Run:
         original = self.program.graph_module
         prepare(original)
         self.graph_module = _with_what_it_uses(original)
+        own_what_is_written(self.graph_module)
         self.proof = _Proof(self.program, self.seed)
 
     def apply(self, each: Pass, number: int) -> bool:

@@ -798,3 +798,22 @@ def test_a_dynamic_program_stays_dynamic() -> None:
     )
     # 1e-6: the folded weights were rounded to float32.
     assert moved < 1e-6
+
+
+def test_running_the_optimized_program_does_not_count_for_the_original() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.full((1,), 0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs.add_(1)
+            return x * self.runs
+
+    model = Counting()
+    x = torch.linspace(1, 2, 3)
+    before = captured(model, x)
+    after = optimized(before, "all")
+    for program in (before, after):
+        assert torch.equal(program.graph_module(x), x * 1.5)
+    assert torch.equal(model.runs, torch.full((1,), 0.5))
