@@ -352,19 +352,31 @@ def test_debug_shows_where_a_users_error_came_from(folder: Path) -> None:
     assert result.exit_code == 3
 
 
-def test_ctrl_c_exits_130(folder: Path) -> None:
-    (folder / "slow.py").write_text("import time\n\ndef build():\n    time.sleep(60)\n")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "optfuse", "explain", "slow.py:build"],
+def test_ctrl_c_exits_130_and_leaves_nothing_half_written(folder: Path) -> None:
+    (folder / "slow.py").write_text(
+        "import pathlib\nimport time\n\n"
+        "def build():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "optfuse", "optimize", "slow.py:build", "--output", "results"],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stderr=subprocess.PIPE,
         text=True,
-    )
-    time.sleep(6)  # long enough to be inside the user's callable on a slow machine
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+        # A shell starts background jobs with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "started").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
+    assert "Interrupted." in said
     assert "Traceback" not in said
+    assert not (folder / "results").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["engines"], ["--version"]])
