@@ -270,7 +270,7 @@ def list_engines() -> None:
 def _source(
     text: str, weights: Path | None, inputs: list[str] | None, seed: int, trust: bool
 ) -> Source:
-    from optfuse.load import parse_input
+    from optfuse.inputs import parse_input
     from optfuse.stages import Source
 
     return Source(

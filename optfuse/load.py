@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import random
 import re
 import sys
@@ -32,24 +31,9 @@ import numpy
 import torch
 
 from optfuse.errors import LoadError, UsageError
+from optfuse.inputs import Arguments, random_arguments, require_possible
 from optfuse.stages import InputSpec, LoadedModel, Source
 from optfuse.weights import describe, first_few, load_weights, require_file
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-"""The dtypes an `--input` can have."""
-
-MOST_ELEMENTS = 2**40
-"""Of one input. More is a slip of the finger: it is 4 TiB in float32."""
 
 LIBRARIES = ("torchvision", "timm")
 
@@ -59,9 +43,6 @@ ANONYMOUS_CALLABLES = ("build", "model", "get_model")
 SOURCE_KINDS = (
     "Write it as path/to/file.py:callable, package.module:callable, torchvision:NAME or timm:NAME"
 )
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What `forward` is called with: positional and keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,7 @@ def load(source: Source) -> LoadedModel:
             "Choose a smaller whole number that is not negative",
         )
     for spec in source.inputs:
-        _require_possible(spec)
+        require_possible(spec)
     library, _, name = source.text.partition(":")
     is_library = library in LIBRARIES and name
     found = _in_library(library, name, source) if is_library else _in_code(source)
@@ -104,94 +85,11 @@ def load(source: Source) -> LoadedModel:
     with _user_code(source):
         found.model.eval()
     if source.inputs:
-        arguments = _random_arguments(source.inputs, source.seed)
+        arguments = random_arguments(source.inputs, source.seed)
     else:
         arguments = found.example_arguments()
     _require_accepted(found.model, arguments, source)
     return LoadedModel(found.name, found.model, *arguments)
-
-
-def parse_input(text: str) -> InputSpec:
-    """Read one `[NAME=]SHAPE[:DTYPE]`, e.g. `1x3x224x224` or `tokens=1x128:int64`.
-
-    SHAPE is sizes joined by `x`, or `scalar`; DTYPE is one of `DTYPES`, float32 if left out.
-
-    Raises:
-        UsageError: it is written differently, or nothing of that shape and dtype can exist.
-    """
-    name, equals, rest = text.rpartition("=")
-    shape_text, colon, dtype = rest.partition(":")
-    sizes = [] if shape_text == "scalar" else shape_text.split("x")
-    if (equals and not name.isidentifier()) or not all(re.fullmatch(r"-?[0-9]+", s) for s in sizes):
-        raise UsageError(
-            f"The input '{text}' cannot be read",
-            "An input is [NAME=]SHAPE[:DTYPE], and a shape is sizes joined by 'x', or 'scalar'",
-            "Write it like 1x3x224x224, or like tokens=1x128:int64",
-        )
-    # No size of 19 digits is possible, and Python refuses to convert thousands of them.
-    shape = tuple(int(size[:19]) for size in sizes)
-    spec = InputSpec(name or None, shape, dtype if colon else "float32")
-    _require_possible(spec, text)
-    return spec
-
-
-def _require_possible(spec: InputSpec, text: str = "") -> None:
-    thing = f"The input '{text or spec.name or 'x'.join(map(str, spec.shape))}' cannot be made"
-    if spec.dtype not in DTYPES:
-        close = get_close_matches(spec.dtype, DTYPES, n=1)
-        raise UsageError(
-            thing,
-            f"There is no dtype '{spec.dtype}' among {', '.join(DTYPES)}",
-            f"Did you mean '{close[0]}'?" if close else "Choose one of them",
-        )
-    if any(size <= 0 for size in spec.shape):
-        raise UsageError(
-            thing,
-            f"Its size {min(spec.shape)} is not positive",
-            "Give the real sizes that the model shall be optimized for",
-        )
-    if math.prod(spec.shape) > MOST_ELEMENTS:
-        raise UsageError(
-            thing, "It has more than 2^40 elements", "Check the shape for a size too many"
-        )
-
-
-def _random_arguments(specs: Sequence[InputSpec], seed: int) -> Arguments:
-    """Seeded random inputs: unnamed ones positional, named ones by keyword.
-
-    Floats are standard normal and bools are a fair coin. Integers are 0 or 1: to a model they are
-    mostly indices or masks, and these two are valid in every table of at least two rows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    positional: list[torch.Tensor] = []
-    named: dict[str, torch.Tensor] = {}
-    for spec in specs:
-        if spec.name in named:
-            raise UsageError(
-                f"The input '{spec.name}' cannot be used",
-                "It is given more than once",
-                "Give every named input once",
-            )
-        tensor = _random_tensor(spec, generator)
-        if spec.name is None:
-            positional.append(tensor)
-        else:
-            named[spec.name] = tensor
-    return tuple(positional), named
-
-
-def _random_tensor(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
-    dtype = DTYPES[spec.dtype]
-    try:
-        if dtype.is_floating_point:
-            return torch.randn(spec.shape, generator=generator, dtype=dtype)
-        return torch.randint(0, 2, spec.shape, generator=generator, dtype=dtype)
-    except (RuntimeError, MemoryError) as error:
-        raise LoadError(
-            f"An input of shape {'x'.join(map(str, spec.shape))}:{spec.dtype} cannot be made",
-            describe(error),
-            "Choose a smaller shape",
-        ) from error
 
 
 def _in_library(library: str, name: str, source: Source) -> _Found:
@@ -220,7 +118,7 @@ def _in_library(library: str, name: str, source: Source) -> _Found:
     return _Found(
         name,
         _require_module(model, source),
-        lambda: _random_arguments((InputSpec(None, shape),), source.seed),
+        lambda: random_arguments((InputSpec(None, shape),), source.seed),
     )
 
 

@@ -23,7 +23,8 @@ LEVELS = (
     ("cli",),
     ("pipeline",),
     ("load", "capture", "optimize", "export", "measure", "compare", "gate", "report"),
-    ("passes", "backends", "weights"),
+    ("passes", "backends", "inputs"),
+    ("weights",),
     (
         *("graph", "convolution", "routing", "conv_act", "cost", "float64"),
         *("stats", "environment", "files"),
@@ -150,7 +151,10 @@ def test_nothing_imports_in_a_circle() -> None:
 
 def test_no_pass_and_no_engine_builds_on_another() -> None:
     """Except that the engines for NVIDIA GPUs share what stands in files of its own."""
-    shared = {"backends/nvinfer.py", "backends/builder_log.py", "backends/nvidia.py"}
+    shared = {
+        f"backends/{name}.py"
+        for name in ("nvinfer", "nvinfer_log", "nvinfer_session", "builder_log", "nvidia")
+    }
     for folder in ("passes", "backends"):
         for path in sorted((PACKAGE / folder).glob("*.py")):
             for module, node in imports(path):

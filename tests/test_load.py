@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from optfuse.errors import LoadError, UsageError
-from optfuse.load import DTYPES, SOURCE_KINDS, load, parse_input
+from optfuse.inputs import DTYPES, parse_input
+from optfuse.load import SOURCE_KINDS, load
 from optfuse.stages import InputSpec, Source
 
 NETWORK = """

@@ -11,43 +11,24 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from optfuse.backends import builder_log
 from optfuse.backends.nvidia import device_target, gpu_count
+from optfuse.backends.nvinfer_log import errors_of, message_logger, sentence_of
+from optfuse.backends.nvinfer_session import STATIC_SHAPES, NvinferSession
 from optfuse.errors import EngineError, OutputError, UsageError
 from optfuse.files import write_bytes
 from optfuse.stages import Artifact, BuildOptions, EngineReport
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    import torch
-    from typing_extensions import Self
-
     from optfuse.stages import Program
 
-TORCH_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
-"""The engine's name of a data type -> torch's."""
-
-_STATIC_SHAPES = "Export it with static shapes: engines are built for fixed ones"
 _LEAVE_OUT = "Change the model at that place, or leave this engine out"
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_SOURCE_LOCATION = re.compile(r" In \S+ at \S+:[0-9]+")
 
 
 class NvinferBackend:
@@ -223,7 +204,7 @@ class NvinferBackend:
             plan = builder.build_serialized_network(network, config)
             build_seconds = time.perf_counter() - start
         if plan is None:
-            raise EngineError(failed, _sentence_of(errors_of(log.messages)[-1:]), _LEAVE_OUT)
+            raise EngineError(failed, sentence_of(errors_of(log.messages)[-1:]), _LEAVE_OUT)
         if timings:
             keep_timing_cache(config, timings)
         engine = _write_engine(plan, artifact, directory / f"{target}.{artifact.variant}.engine")
@@ -290,7 +271,7 @@ class NvinferBackend:
             # The first error: the ones behind it are its consequences.
             raise EngineError(
                 failed,
-                _sentence_of(errors_of(log.messages)[:1]),
+                sentence_of(errors_of(log.messages)[:1]),
                 "Build it again, with this version and for this GPU",
             )
         return engine
@@ -311,162 +292,10 @@ class NvinferBackend:
         return self._log
 
 
-class NvinferSession:
-    """An engine on a GPU. Device memory is held in torch tensors; inputs are copied in by `bind`.
-
-    Args:
-        engine: an `ICudaEngine`.
-        program: the artifact that it was loaded from, for the order of inputs and outputs.
-        log: the logger that the engine reports to.
-        device: where its tensors lie.
-        stream: a `torch.cuda.Stream` of its own: on the default stream the engine would wait for
-            the whole device around every run.
-        device_name: what it runs on.
-
-    Raises:
-        EngineError: the engine has other inputs or outputs than the program, or shapes that are
-            known only when it runs.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        program: Artifact,
-        log: Any,
-        device: torch.device,
-        stream: Any,
-        device_name: str,
-    ) -> None:
-        self.device = device_name
-        self._file = program.path.name
-        self._log = log
-        self._stream = stream
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
-        outputs = [name for name in names if name not in inputs]
-        self.inputs = self._ordered("inputs", inputs, program.input_names)
-        self.outputs = self._ordered("outputs", outputs, program.output_names)
-        self._engine = engine
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            self._fail(self._last_error(), "Free GPU memory, or use another GPU")
-        self._bound = False
-        self._memory = {name: self._allocate(name, device) for name in names}
-        for name, tensor in self._memory.items():
-            if not self._context.set_tensor_address(name, tensor.data_ptr()):
-                self._fail(self._last_error(), "Build the engine again")
-
-    def bind(self, feeds: Sequence[torch.Tensor]) -> None:
-        """Copy the inputs to the device, in the order of `inputs`.
-
-        Raises:
-            EngineError: another number, shape or dtype than the engine was built for.
-        """
-        if len(feeds) != len(self.inputs):
-            self._fail(
-                f"It has {len(self.inputs)} inputs and was given {len(feeds)}",
-                f"Pass {', '.join(self.inputs)}",
-            )
-        for name, feed in zip(self.inputs, feeds, strict=True):
-            wanted = self._memory[name]
-            # copy_ would broadcast and convert without a word.
-            if feed.shape != wanted.shape or feed.dtype != wanted.dtype:
-                self._fail(
-                    f"Its input '{name}' is {_described(wanted)} and was given {_described(feed)}",
-                    "Export the model with inputs like the ones that it will be run on",
-                )
-            wanted.copy_(feed)
-        self._bound = True
-
-    def run(self) -> None:
-        """Run once and wait for the result.
-
-        Raises:
-            EngineError: the GPU refused, or there are no inputs to run on.
-        """
-        if not self._bound:
-            self._fail("No inputs were bound", "Call bind() first")
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            self._fail(self._last_error(), "Build it again, with this version")
-        try:
-            self._stream.synchronize()
-        except RuntimeError as error:  # what a kernel did wrong shows only here
-            self._fail(_sentence_of([str(error)]), "Build it again, with this version")
-
-    def fetch(self) -> list[torch.Tensor]:
-        """The outputs of the last run, on the CPU, in the order of `outputs`."""
-        return [self._memory[name].to("cpu", copy=True) for name in self.outputs]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # In this order: a context has to be gone before its engine, and both before the memory.
-        self._context = None
-        self._engine = None
-        self._memory = {}
-
-    def _ordered(
-        self, what: str, of_engine: list[str], of_program: tuple[str, ...]
-    ) -> tuple[str, ...]:
-        if of_program and set(of_program) != set(of_engine):
-            self._fail(
-                f"Its {what} are {', '.join(of_engine)}, and the program's {', '.join(of_program)}",
-                "Build the engine again from this program",
-            )
-        return of_program or tuple(of_engine)
-
-    def _allocate(self, name: str, device: torch.device) -> torch.Tensor:
-        import torch
-
-        shape = tuple(self._engine.get_tensor_shape(name))
-        if any(size < 0 for size in shape):
-            self._fail(f"The shape of '{name}' is known only when it runs", _STATIC_SHAPES)
-        dtype = TORCH_DTYPES.get(self._engine.get_tensor_dtype(name).name)
-        if dtype is None:
-            self._fail(f"PyTorch has no data type for its '{name}'", "Export another data type")
-        # Values that the engine needs on the host, e.g. the shape for a reshape, lie there.
-        on_host = self._engine.get_tensor_location(name).name == "HOST"
-        return torch.zeros(
-            shape, dtype=getattr(torch, str(dtype)), device="cpu" if on_host else device
-        )
-
-    def _last_error(self) -> str:
-        return _sentence_of(errors_of(self._log.messages)[-1:])
-
-    def _fail(self, cause: str, next_step: str) -> NoReturn:
-        raise EngineError(f"The engine {self._file} cannot run", cause, next_step)
-
-
 def network_flags(trt: Any) -> int:
     """Precision is what the ONNX says: TensorRT 10 needs a flag for it, and 11 may lack it."""
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if strongly_typed is None else 1 << int(strongly_typed)
-
-
-def message_logger(trt: Any) -> Any:
-    """A logger that keeps what it is told: `messages` holds (severity, text)."""
-
-    class MessageLogger(trt.ILogger):  # type: ignore[misc]  # the package is found at run time
-        def __init__(self) -> None:
-            # Not super(): pybind11 wants its own constructor called by name.
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[str, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity.name, message))
-
-    return MessageLogger()
-
-
-def errors_of(messages: Iterable[tuple[str, str]]) -> list[str]:
-    """The texts of a logger's errors."""
-    return [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")]
 
 
 def attach_timing_cache(config: Any, file: Path) -> None:
@@ -517,26 +346,20 @@ def _parse(trt: Any, network: Any, log: Any, path: Path, failed: str) -> None:
             raise EngineError(
                 failed,
                 f"Its input '{tensor.name}', {shape}, has dimensions that are open",
-                _STATIC_SHAPES,
+                STATIC_SHAPES,
             )
 
 
 def _parser_error(parser: Any, log: Any) -> str:
     if parser.num_errors == 0:
-        return _sentence_of(errors_of(log.messages)[-1:])
+        return sentence_of(errors_of(log.messages)[-1:])
     error = parser.get_error(0)
-    cause = _sentence_of([error.desc()])
+    cause = sentence_of([error.desc()])
     if not error.node_name():
         return cause
     return (
         f"Its parser stopped at the node '{error.node_name()}' ({error.node_operator()}): {cause}"
     )
-
-
-def _sentence_of(errors: list[str]) -> str:
-    """At most one error on one line, without places in the package's own source."""
-    text = errors[0] if errors else "It gave no reason"
-    return _SOURCE_LOCATION.sub("", " ".join(text.split()))
 
 
 @contextlib.contextmanager
@@ -545,7 +368,7 @@ def _no_traceback(failed: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, RuntimeError, MemoryError) as error:
-        cause = _sentence_of([str(error)]) if str(error) else "It ran out of memory"
+        cause = sentence_of([str(error)]) if str(error) else "It ran out of memory"
         raise EngineError(failed, cause, _LEAVE_OUT) from error
 
 
@@ -562,10 +385,6 @@ def _write_engine(plan: Any, source: Artifact, path: Path) -> Artifact:
         output_names=source.output_names,
         trace=source.trace,
     )
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _major_minor(version: str) -> tuple[int, ...]:

@@ -19,8 +19,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from optfuse.backends import nvinfer
-from optfuse.backends.nvinfer import NvinferBackend, NvinferSession
+from optfuse.backends import nvinfer, nvinfer_session
+from optfuse.backends.nvinfer import NvinferBackend
+from optfuse.backends.nvinfer_session import NvinferSession
 from optfuse.backends.tensorrt import BACKEND as TENSORRT
 from optfuse.backends.tensorrt_rtx import BACKEND as RTX
 from optfuse.backends.tensorrt_rtx import check_target
@@ -736,7 +737,7 @@ def test_shapes_and_data_types_that_cannot_be_held() -> None:
 
 
 def test_every_data_type_is_one_of_torchs() -> None:
-    for name in nvinfer.TORCH_DTYPES.values():
+    for name in nvinfer_session.TORCH_DTYPES.values():
         assert isinstance(getattr(torch, name), torch.dtype)
 
 
