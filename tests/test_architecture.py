@@ -26,7 +26,7 @@ LEVELS = (
     ("passes", "backends", "inputs"),
     ("weights",),
     (
-        *("graph", "convolution", "routing", "conv_act", "cost", "float64"),
+        *("graph", "convolution", "routing", "activations", "conv_act", "cost", "float64"),
         *("stats", "environment", "files"),
     ),
     ("stages",),
@@ -35,7 +35,7 @@ LEVELS = (
 """From top to bottom. A file imports from lower levels, and inside its own package; a name stands
 for the file or the folder."""
 
-BASES = {"graph", "convolution"}
+BASES = {"graph", "convolution", "activations"}
 """What others on its own level may build on, without a circle."""
 
 ENGINES = {

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from optfuse import conv_act
-from optfuse.conv_act import ACTIVATIONS, CONV_ACT, ensure_bias, translation_table
+from optfuse.activations import ACTIVATIONS
+from optfuse.conv_act import CONV_ACT, ensure_bias, translation_table
 
 SCALARS = {
     "hardtanh": [-0.5, 2.0],

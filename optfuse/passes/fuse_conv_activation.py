@@ -3,8 +3,8 @@
     activation(conv(x, W, b))      =  conv_act(x, W, b)
     activation(conv(x, W, b) + r)  =  conv_act(x, W, b, r)         r as large as the result
 
-The activations are those of `optfuse.conv_act.ACTIVATIONS`. A convolution without a bias gets one
-of zeros, because fused kernels and engines match the form with a bias.
+The activations are those of `optfuse.activations`. A convolution without a bias gets one of zeros,
+because fused kernels and engines match the form with a bias.
 
 Guards: nothing else sees the convolution's result, the sum, or the inside of an activation that is
 spelt with several operators; the residual has the convolution's own shape and dtype, and is added
@@ -24,7 +24,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from optfuse.conv_act import CONV_ACT, Reading, activation_of
+from optfuse.activations import Reading, activation_of
+from optfuse.conv_act import CONV_ACT
 from optfuse.convolution import Convolution, convolution_of
 from optfuse.graph import Edit, arguments, describe, is_call, value, why_not_sole_user
 from optfuse.passes import Match, Pass, Refusal

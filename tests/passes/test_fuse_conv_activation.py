@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from optfuse.activations import ACTIVATIONS
 from optfuse.capture import capture
-from optfuse.conv_act import ACTIVATIONS, CONV_ACT
+from optfuse.conv_act import CONV_ACT
 from optfuse.stages import LoadedModel, Program
 from tests.harness import (
     assert_same_function,
