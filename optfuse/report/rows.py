@@ -227,7 +227,7 @@ def drift(document: Document) -> Table:
         Column("cosine", number=True),
         Column("SQNR dB", number=True),
         Column("top-1 equal", number=True),
-        Column("times float32's own", number=True),
+        Column("times as exported", number=True),
     )
     rows = [
         (
@@ -491,8 +491,8 @@ def _speedup_sentence(row: Mapping[str, Any], drifts: Sequence[Mapping[str, Any]
 
 def _drift_words(row: Mapping[str, Any]) -> str:
     if row["ratio_to_baseline"] is not None:
-        return f"{times(row['ratio_to_baseline'])} of float32's own"
-    return f"{distance(row['relative_l2'])} (float32's own is zero or unknown)"
+        return f"{times(row['ratio_to_baseline'])} of the export's own"
+    return f"{distance(row['relative_l2'])} (the export's own is zero or unknown)"
 
 
 def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ def test_the_headline_names_counts_ratio_interval_verdict_and_drift() -> None:
     assert rows.headline(full_report().document) == [
         "googlenet: 196 -> 120 operators",
         "onnxruntime 1.02x [0.99, 1.04] undecided against the export as it comes; "
-        "drift 1.25x of float32's own",
-        "torch drift 2.9e-07 (float32's own is zero or unknown)",
+        "drift 1.25x of the export's own",
+        "torch drift 2.9e-07 (the export's own is zero or unknown)",
         "tensorrt-rtx sm_89 not measured: no GPU",
     ]
 
