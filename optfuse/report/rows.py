@@ -191,7 +191,22 @@ def speedups(document: Document) -> Table:
         "Paired ratios of interleaved runs with their confidence intervals; above 1 is faster. "
         "The noise floor is the baseline against itself."
     )
-    return _table("Speed-up", columns, rows, notes=(note,) if rows else ())
+    notes = (note, *_what_to_try(document)) if rows else ()
+    return _table("Speed-up", columns, rows, notes=notes)
+
+
+def _what_to_try(document: Document) -> list[str]:
+    """The next step where ours came out slower than the export as it comes: the one pass that is
+    known to cost some engines more than it gains them, if it did anything here."""
+    name = "combine_parallel_convs"
+    if not any(step["name"] == name and step["matched"] for step in document["steps"]):
+        return []
+    return [
+        f"Slower on {row['engine']}: some engines pay more for the split behind combined "
+        f"convolutions than they gain. Try --passes all,-{name}."
+        for row in _against_export(document)
+        if row["verdict"] == "slower"
+    ]
 
 
 def latency(document: Document) -> Table:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from optfuse.report import rows
 from optfuse.report.schema import Comparison, NotMeasured
-from optfuse.stages import Refused, Step
+from optfuse.stages import Refused, Site, Step
 from optfuse.stats import Ratio
 from tests.report.example import STEPS, empty_report, full_report, hostile_report
 
@@ -125,6 +127,23 @@ def test_speedups() -> None:
         ("onnxruntime", "torch as exported", "2.62x [2.51, 2.72]", "faster", "1.02x"),
         ("onnxruntime as exported", "torch optimized", "0.87x [0.85, 0.89]", "slower", "1.02x"),
     )
+
+
+def test_a_slower_result_says_what_to_try() -> None:
+    slower = Ratio(0.97, 0.96, 0.98)
+    comparison = Comparison("onnxruntime", "optimized", "onnxruntime", "baseline", slower)
+    combined = Step("pass", "combine_parallel_convs", 0.1, 9, 8, sites=(Site("conv2d"),))
+
+    def notes(step: Step) -> tuple[str, ...]:
+        report = full_report(comparisons=[comparison], steps=[step])
+        return rows.speedups(report.document).notes[1:]
+
+    assert notes(combined) == (
+        "Slower on onnxruntime: some engines pay more for the split behind combined convolutions "
+        "than they gain. Try --passes all,-combine_parallel_convs.",
+    )
+    assert notes(replace(combined, sites=())) == ()
+    assert notes(replace(combined, name="fold_conv_bn")) == ()
 
 
 def test_a_speedup_without_a_control_shows_no_noise_floor() -> None:
