@@ -67,7 +67,7 @@ def level(name: str) -> int:
     found = [number for number, names in enumerate(LEVELS) if name in names]
     assert found, (
         f"optfuse/{name} has no place in LEVELS: decide which files it may import from and which "
-        "may import it, and add it there and to DESIGN.md"
+        "may import it, and add it there"
     )
     return found[0]
 
