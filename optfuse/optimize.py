@@ -25,6 +25,7 @@ from optfuse.stages import Notify, Program, Refused, Site, Step, silent
 
 PROOF_LIMIT = 1e-10
 ROUND_LIMIT = 10
+"""Two or three rounds are usual; more means that passes undo each other's work."""
 REWRITES_PER_NODE = 4
 """A pass that rewrites more often than this for each node it was given will never come to an end;
 one that does takes away a node with each rewrite, or leaves one where it matches no more."""
@@ -110,6 +111,8 @@ def optimize(
                 continue
             notify(f"{each.name}", (position + 0.5) / len(selected))
             waiting |= run.apply(each, number)
+    if waiting and selected:
+        run.refuse_another_round(selected[-1], number)
     step = run.round_constants()
     return replace(
         program,
@@ -186,6 +189,15 @@ class _Run:
         """The recorded steps; a pass's refusals stand at its first one, as of its last sweep."""
         waiting = dict(self.refused)
         return [replace(step, refused=waiting.pop(step.name, ())) for step in self.recorded]
+
+    def refuse_another_round(self, last: Pass, number: int) -> None:
+        """Say in the last pass's record that the passes did not come to rest."""
+        refused = Refused(
+            "the whole graph",
+            f"the passes still found something to do after {number} rounds, and may be undoing "
+            "each other's work; what they left is proved all the same",
+        )
+        self.refused[last.name] = (*self.refused.get(last.name, ()), refused)
 
     def round_constants(self) -> Step | None:
         """Round the new constants, once, to the dtypes the model holds them in."""

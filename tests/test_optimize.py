@@ -424,6 +424,10 @@ def test_two_passes_that_undo_each_other_come_to_an_end() -> None:
     after = optimize(program, [there, back])
     assert [step.undone for step in passed(after)] == [None] * len(passed(after))
     assert len(passed(after)) == 20  # ten rounds of both
+    assert [refused.reason for step in after.trace for refused in step.refused] == [
+        "the passes still found something to do after 10 rounds, and may be undoing each other's "
+        "work; what they left is proved all the same"
+    ]
     assert float64_distance(program, after) == 0.0  # both are exact
 
 
