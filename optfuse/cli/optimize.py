@@ -1,0 +1,107 @@
+"""`optfuse optimize`: a model to ONNX files, engines and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optfuse.cli.application import app, fail, reporting
+from optfuse.cli.console import progress, stdout
+from optfuse.cli.options import (
+    DebugOption,
+    InputOption,
+    JsonOption,
+    PassesOption,
+    QuietOption,
+    SeedOption,
+    SourceArgument,
+    TrustOption,
+    WeightsOption,
+    source_of,
+    split,
+)
+
+
+@app.command()
+@reporting
+def optimize(
+    source: SourceArgument,
+    weights: WeightsOption = None,
+    inputs: InputOption = None,
+    passes: PassesOption = "all",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An engine to build and measure on. Repeat it for several. By default every "
+            "engine that works here; see 'optfuse engines'.",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="sm_NN",
+            help="A compute capability to build TensorRT-RTX engines for, with or without a GPU "
+            "here, e.g. sm_89. Repeat it for several.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder for the results.", show_default="out/NAME"),
+    ] = None,
+    seed: SeedOption = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads of every engine.", show_default="one a physical core"
+        ),
+    ] = None,
+    duration: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How long to measure latency; 0 for not."),
+    ] = 15.0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 5 where a pass had to be undone.")
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+    trust: TrustOption = False,
+) -> None:
+    """Optimize a model, export it, build engines, and report latency and drift."""
+    request_source = source_of(source, weights, inputs, seed, trust)
+    # A model may print while it is loaded or run; standard output is the report's alone.
+    with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
+        from optfuse.environment import available_threads
+        from optfuse.pipeline import Request, run
+
+        outcome = run(
+            Request(
+                source=request_source,
+                output=output,
+                passes=passes,
+                engines=split(engine),
+                targets=split(target),
+                threads=threads or available_threads(),
+                duration_seconds=duration,
+                strict=strict,
+                command=("optfuse", *sys.argv[1:]),
+            ),
+            notify,
+        )
+    if json:
+        from optfuse.report import schema
+
+        typer.echo(schema.dump(outcome.report), nl=False)
+    elif not quiet:
+        from optfuse.report import terminal
+
+        terminal.render(outcome.report, stdout())
+    for failure in outcome.failures:
+        fail(failure, debug)
+    if outcome.failures:
+        raise typer.Exit(outcome.failures[0].exit_code)

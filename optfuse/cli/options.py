@@ -1,0 +1,80 @@
+"""The arguments and options that several commands share, and what they are read into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from optfuse.stages import Source
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Where the model comes from: path/to/file.py:callable, package.module:callable, "
+        "torchvision:NAME or timm:NAME. The callable gives an nn.Module; loading it runs its code.",
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A .safetensors, .pt or .pth state dict to load."),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        help="An input, e.g. 1x3x224x224 or ids=1x128:int64. Repeat it for several. Not needed "
+        "where the source has an example_inputs().",
+    ),
+]
+PassesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="Which passes run: names, all, none, or all,-name; name.option switches an option on.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Allow a weights file to run code while it is unpickled.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the Python traceback of an error.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.")
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", help="Print nothing but errors; the files are written all the same."),
+]
+
+
+def source_of(
+    text: str, weights: Path | None, inputs: list[str] | None, seed: int, trust: bool
+) -> Source:
+    """A model's source as the user typed it.
+
+    Raises:
+        UsageError: an input cannot be read.
+    """
+    from optfuse.inputs import parse_input
+    from optfuse.stages import Source
+
+    return Source(
+        text=text,
+        weights=weights,
+        inputs=tuple(parse_input(each) for each in inputs or ()),
+        seed=seed,
+        trust=trust,
+    )
+
+
+def split(names: list[str] | None) -> tuple[str, ...]:
+    """`--engine a --engine b` and `--engine a,b` mean the same."""
+    words = (word.strip() for name in names or () for word in name.split(","))
+    return tuple(dict.fromkeys(filter(None, words)))
