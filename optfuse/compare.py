@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optfuse.stages import Drift, Variant
+from optfuse.stages import Drift
 from optfuse.stats import distance
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def drift(
     reference: Sequence[torch.Tensor],
     *,
     engine: str,
-    variant: Variant,
+    variant: str,
     reference_name: str,
 ) -> Drift:
     """How far `outputs` moved from `reference`, over all outputs together.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from optfuse.stages import Measurement, Notify, Variant, silent
+from optfuse.stages import Measurement, Notify, silent
 
 if TYPE_CHECKING:
     from optfuse.backends import Session
@@ -68,13 +68,13 @@ class _Contender:
     """A warm session and how often it runs in one block."""
 
     engine: str
-    variant: Variant
+    variant: str
     session: Session
     runs_per_block: int
 
 
 def measure(
-    sessions: Sequence[tuple[str, Variant, Session]],
+    sessions: Sequence[tuple[str, str, Session]],
     *,
     schedule: Schedule | None = None,
     seed: int = 0,
@@ -189,7 +189,7 @@ def _warm_up(session: Session, schedule: Schedule, clock: Clock) -> float:
     return median(runs_ms[len(runs_ms) // 2 :])
 
 
-def _check_distinct(sessions: Sequence[tuple[str, Variant, Session]]) -> None:
+def _check_distinct(sessions: Sequence[tuple[str, str, Session]]) -> None:
     if not sessions:
         raise ValueError("there is no session to measure")
     names = [(engine, variant) for engine, variant, _ in sessions]

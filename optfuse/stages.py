@@ -248,7 +248,7 @@ class Measurement:
 
     Attributes:
         engine: the backend's name.
-        variant: which program ran.
+        variant: which program ran: a `Variant`, or whatever name tells it from the others.
         device: what really ran it, e.g. `cpu` or `NVIDIA H200`.
         blocks: milliseconds of every run, grouped by the interleaved block it ran in. Block i of
             one measurement was run next to block i of every other of the same call, so that they
@@ -256,7 +256,7 @@ class Measurement:
     """
 
     engine: str
-    variant: Variant
+    variant: str
     device: str
     blocks: tuple[tuple[float, ...], ...]
 
@@ -267,6 +267,25 @@ class Measurement:
 
     def __iter__(self) -> Iterator[float]:
         return iter(self.samples_ms)
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """Something that makes measured latencies doubtful; one sentence each, without a full stop.
+
+    Attributes:
+        kind: a short name to tell it from others, e.g. `bimodal` or `throttled`.
+        about: what it concerns, e.g. `onnxruntime baseline` or `this machine`.
+        finding: what was seen.
+        cause: what is likely behind it.
+        next_step: what to do about it.
+    """
+
+    kind: str
+    about: str
+    finding: str
+    cause: str
+    next_step: str
 
 
 @dataclass(frozen=True)
@@ -285,7 +304,7 @@ class Drift:
     """
 
     engine: str
-    variant: Variant
+    variant: str
     reference: str
     relative_l2: float
     max_abs_over_max_ref: float
@@ -293,6 +312,54 @@ class Drift:
     sqnr_db: float | None
     nonfinite: int
     top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How far one layer's result is from the reference, at a place that both programs compute.
+
+    Attributes:
+        name: the node in the program that is looked at.
+        kind: its operator, e.g. `conv2d`.
+        module: the path of the module it came from, e.g. `inception3a.branch1`; empty if unknown.
+        equals: the nodes of the reference program whose value it computes.
+        origins: every node of the reference program that went into it.
+        shape: of its result.
+        relative_l2: its distance to the reference.
+        own_relative_l2: the distance of the unchanged program's result, in the model's own
+            precision, to the same reference; None where there is none to compare with.
+        growth: relative_l2 over the largest of own_relative_l2 and the relative_l2 of the layers
+            it takes its inputs from; None where there is nothing to divide by.
+    """
+
+    name: str
+    kind: str
+    module: str
+    equals: tuple[str, ...]
+    origins: tuple[str, ...]
+    shape: tuple[int, ...]
+    relative_l2: float
+    own_relative_l2: float | None
+    growth: float | None
+
+
+@dataclass(frozen=True)
+class LayerDrifts:
+    """The drift of every layer, in the order they run.
+
+    Attributes:
+        engine: what ran the program that is looked at.
+        reference: what the layers were compared with.
+        rows: every layer that could be compared.
+        suspect: the name of the first row whose error grows out of proportion, or None.
+        limit: the growth from which a layer is a suspect.
+    """
+
+    engine: str
+    reference: str
+    rows: tuple[LayerDrift, ...]
+    suspect: str | None
+    limit: float
 
 
 @dataclass(frozen=True)

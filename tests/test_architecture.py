@@ -21,8 +21,10 @@ PACKAGE = ROOT / "optfuse"
 LEVELS = (
     ("__main__", "__init__"),
     ("cli",),
-    ("pipeline",),
-    ("load", "capture", "optimize", "export", "measure", "compare", "gate", "report"),
+    ("pipeline", "bench", "diff"),
+    ("isolated",),
+    ("ablate", "roofline", "subjects"),
+    ("load", "capture", "optimize", "export", "measure", "compare", "gate", "report", "layers"),
     ("passes", "backends", "inputs"),
     ("weights",),
     (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from optfuse.report import rows
+from optfuse.report import kinds, rows
+from optfuse.report.table import Table, printable
 from optfuse.stages import Report
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})
@@ -21,41 +22,29 @@ _PUNCTUATION = re.compile(
 def render(report: Report) -> str:
     """The whole report as GitHub-flavored Markdown, ending with a newline."""
     document = report.document
-    headline, *details = rows.headline(document)
-    warnings = [f"WARNING: {warning}" for warning in rows.warnings(document)]
-    blocks = [
-        f"# {_escaped(headline)}",
-        _list([*details, *warnings, *rows.program_lines(document)]),
-    ]
-    tables = (
-        rows.passes(document),
-        rows.speedups(document),
-        rows.latency(document),
-        rows.drift(document),
-        *rows.engines(document),
-        rows.operators(document),
-        rows.refusals(document),
-        rows.artifacts(document),
-    )
-    blocks += [block for table in tables for block in _section(table)]
+    page = kinds.page(document)
+    title, *details = page.headline
+    warnings = [f"WARNING: {warning}" for warning in page.warnings]
+    blocks = [f"# {_escaped(title)}", _list([*details, *warnings, *page.facts])]
+    blocks += [block for table in page.tables for block in _section(table)]
     blocks += [
         "## Environment",
         _list(rows.environment(document)) or "Nothing is known of it.",
         "## Reproduce",
-        _fenced(rows.printable(document["command"])),
-        f"Written {_escaped(rows.printable(document['created']))}.",
+        _fenced(printable(document["command"])),
+        f"Written {_escaped(printable(document['created']))}.",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _section(table: rows.Table) -> list[str]:
+def _section(table: Table) -> list[str]:
     if not table.rows and not table.empty:
         return []
     body = _table(table) if table.rows else _escaped(table.empty)
     return [f"## {_escaped(table.title)}", body, *(_escaped(note) for note in table.notes)]
 
 
-def _table(table: rows.Table) -> str:
+def _table(table: Table) -> str:
     heading = [column.heading for column in table.columns]
     rule = ["---:" if column.number else "---" for column in table.columns]
     lines = [[_escaped(cell) for cell in line] for line in (heading, *table.rows)]

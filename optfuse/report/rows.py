@@ -8,10 +8,25 @@ out of a row or reorder a line.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Document = Mapping[str, Any]
+from optfuse.report.table import (
+    NONE,
+    Column,
+    Document,
+    Page,
+    Table,
+    caveats,
+    count,
+    decimals,
+    distance,
+    interval,
+    megabytes,
+    printable,
+    significant,
+    table,
+    times,
+)
 
 VARIANTS = {
     "baseline": "as exported",
@@ -20,56 +35,32 @@ VARIANTS = {
 }
 """A variant in the document -> its name in print."""
 
-NONE = "-"
-"""What a cell shows that has no value."""
-
-_MEGABYTE = 1e6
 _FIRST_SITES = 3
+_REFUSAL_GROUPS = 5
 _SHA256_DIGITS = 12
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column's heading, with its unit, and how its cells are set.
+def page(document: Document, *, brief: bool = False) -> Page:
+    """Everything the report of one optimization shows.
 
-    Attributes:
-        heading: e.g. `median ms`.
-        number: set to the right and never broken over two lines.
-        verdict: its cells are verdicts, never broken over two lines either.
+    Args:
+        document: the report.
+        brief: for a terminal: the most frequent refusals only, and no table of operator types.
     """
-
-    heading: str
-    number: bool = False
-    verdict: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table, ready to be drawn.
-
-    Attributes:
-        title: what it shows.
-        columns: one for each cell of a row.
-        rows: cells as text.
-        empty: the sentence that stands in its place when it has no rows; may be empty.
-        notes: sentences that belong below it.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    empty: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def printable(text: str) -> str:
-    """The text on one line, with everything that is not a visible character or a space written as
-    its escape sequence: newlines, ANSI escapes, direction overrides, lone surrogates."""
-    return "".join(
-        character
-        if character.isprintable()
-        else character.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for character in text
+    return Page(
+        headline=tuple(headline(document)),
+        warnings=tuple(warnings(document)),
+        facts=tuple(program_lines(document)),
+        tables=(
+            passes(document),
+            speedups(document),
+            latency(document),
+            drift(document),
+            *engines(document),
+            *([] if brief else [operators(document)]),
+            refusals(document, limit=_REFUSAL_GROUPS if brief else None),
+            artifacts(document),
+        ),
     )
 
 
@@ -105,7 +96,7 @@ def warnings(document: Document) -> list[str]:
         for row in document["drift"]
         if row["nonfinite"]
     ]
-    return [printable(sentence) for sentence in (*undone, *nonfinite)]
+    return [*(printable(sentence) for sentence in (*undone, *nonfinite)), *caveats(document)]
 
 
 def not_measured(document: Document) -> list[str]:
@@ -165,7 +156,7 @@ def passes(document: Document) -> Table:
                 significant(step["seconds"], 2),
             )
         )
-    return _table("Passes", columns, rows, empty="No pass was run.")
+    return table("Passes", columns, rows, empty="No pass was run.")
 
 
 def speedups(document: Document) -> Table:
@@ -183,7 +174,7 @@ def speedups(document: Document) -> Table:
             _against(row),
             _ratio(row),
             row["verdict"],
-            NONE if row["noise_floor"] is None else times(row["noise_floor"], _decimals(row)),
+            NONE if row["noise_floor"] is None else times(row["noise_floor"], decimals(row)),
         )
         for row in document["speedups"]
     ]
@@ -192,7 +183,7 @@ def speedups(document: Document) -> Table:
         "The noise floor is the baseline against itself."
     )
     notes = (note, *_what_to_try(document)) if rows else ()
-    return _table("Speed-up", columns, rows, notes=notes)
+    return table("Speed-up", columns, rows, notes=notes)
 
 
 def _what_to_try(document: Document) -> list[str]:
@@ -229,7 +220,7 @@ def latency(document: Document) -> Table:
         )
         for row in document["latency"]
     ]
-    return _table("Latency", columns, rows, notes=_conditions(document) if rows else ())
+    return table("Latency", columns, rows, notes=_conditions(document) if rows else ())
 
 
 def drift(document: Document) -> Table:
@@ -259,7 +250,7 @@ def drift(document: Document) -> Table:
     ]
     references = dict.fromkeys(row["reference"] for row in document["drift"])
     notes = [f"The reference is the {reference}." for reference in references]
-    return _table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
+    return table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
 
 
 def engines(document: Document) -> list[Table]:
@@ -289,7 +280,7 @@ def operators(document: Document) -> Table:
         for kind in kinds
         if before.get(kind, 0) != after.get(kind, 0)
     ]
-    return _table("Operators", columns, rows, empty="No operator count changed.")
+    return table("Operators", columns, rows, empty="No operator count changed.")
 
 
 def refusals(document: Document, limit: int | None = None) -> Table:
@@ -316,7 +307,7 @@ def refusals(document: Document, limit: int | None = None) -> Table:
     left_out = len(ordered) - len(shown)
     note = f"{left_out} more reasons: 'optfuse explain' shows them all."
     notes = (note.replace("reasons", "reason") if left_out == 1 else note,) if left_out else ()
-    return _table("Refused", columns, rows, empty="No pass refused a place.", notes=notes)
+    return table("Refused", columns, rows, empty="No pass refused a place.", notes=notes)
 
 
 def artifacts(document: Document) -> Table:
@@ -336,7 +327,7 @@ def artifacts(document: Document) -> Table:
         )
         for row in document["artifacts"]
     ]
-    return _table("Files", columns, rows)
+    return table("Files", columns, rows)
 
 
 def machine(document: Document) -> str:
@@ -377,71 +368,6 @@ def explanation(steps: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     return [(level, printable(line)) for level, line in lines]
 
 
-def significant(number: float | None, digits: int) -> str:
-    """The number with that many significant digits and no exponent; digits before the decimal
-    point are never dropped."""
-    if number is None:
-        return NONE
-    if number == 0:
-        return "0"
-    # The exponent of the rounded number: 9.996 with three digits is 10.0 and not 10.00.
-    exponent = int(f"{number:.{digits - 1}e}".split("e")[1])
-    return f"{number:.{max(0, digits - 1 - exponent)}f}"
-
-
-def distance(number: float | None) -> str:
-    """A relative distance: two digits and an exponent, `0` where it is exactly zero."""
-    return NONE if number is None else "0" if number == 0 else f"{number:.1e}"
-
-
-def count(number: int | None) -> str:
-    """A count as in `6.99 M` or `3.01 G`."""
-    if number is None:
-        return "not counted"
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{significant(number / size, 3)} {unit}"
-    return str(number)
-
-
-def megabytes(size_bytes: int | None) -> str:
-    """A size in units of 10^6 bytes, to three digits or to the kilobyte."""
-    if size_bytes is None:
-        return NONE
-    if 0 < size_bytes < _MEGABYTE / 1e3:
-        return "<0.001"
-    return significant(size_bytes / _MEGABYTE, 3)
-
-
-def times(ratio: float, decimals: int = 2) -> str:
-    """A ratio as in `1.02x`."""
-    return f"{ratio:.{decimals}f}x"
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """The confidence interval of a ratio as in `[0.99, 1.04]`."""
-    if row["low"] is None or row["high"] is None:
-        return "[unknown]"
-    decimals = _decimals(row)
-    return f"[{row['low']:.{decimals}f}, {row['high']:.{decimals}f}]"
-
-
-def _table(
-    title: str,
-    columns: tuple[Column, ...],
-    rows: Iterable[tuple[str, ...]],
-    empty: str = "",
-    notes: Sequence[str] = (),
-) -> Table:
-    return Table(
-        printable(title),
-        columns,
-        tuple(tuple(printable(cell) for cell in row) for row in rows),
-        empty,
-        tuple(printable(note) for note in notes),
-    )
-
-
 def _engine(title: str, variants: Mapping[str, Mapping[str, Any]]) -> Table:
     shown = [variant for variant in VARIANTS if variant in variants]
     columns = (Column(""), *(Column(VARIANTS[variant], number=True) for variant in shown))
@@ -472,7 +398,7 @@ def _engine(title: str, variants: Mapping[str, Mapping[str, Any]]) -> Table:
             [significant(variants[variant]["build_seconds"], 2) for variant in shown],
         ),
     ]
-    return _table(title, columns, [(label, *cells) for label, cells in lines])
+    return table(title, columns, [(label, *cells) for label, cells in lines])
 
 
 def _conditions(document: Document) -> list[str]:
@@ -540,14 +466,7 @@ def _against(row: Mapping[str, Any]) -> str:
 def _ratio(row: Mapping[str, Any]) -> str:
     if row["ratio"] is None:
         return NONE
-    return f"{times(row['ratio'], _decimals(row))} {interval(row)}"
-
-
-def _decimals(row: Mapping[str, Any]) -> int:
-    # A narrow interval needs a third decimal, or "1.00 [1.00, 1.01] faster" contradicts itself.
-    if row["low"] is None or row["high"] is None:
-        return 2
-    return 3 if row["high"] - row["low"] < 0.02 else 2
+    return f"{times(row['ratio'], decimals(row))} {interval(row)}"
 
 
 def _first(sites: Iterable[str]) -> str:

@@ -15,24 +15,36 @@ from datetime import datetime, timezone
 from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from optfuse import stats
 from optfuse.errors import OptfuseError
 from optfuse.stages import (
     Artifact,
+    Caveat,
     Drift,
     EngineReport,
     InputSpec,
+    LayerDrifts,
     Measurement,
     Report,
     Source,
     Step,
-    Variant,
 )
 
-SCHEMA_VERSION = 1
-"""Raised by one whenever a key changes its meaning or goes away; new keys leave it as it is."""
+SCHEMA_VERSION = 2
+"""Raised by one whenever a key changes its meaning, goes away, or a new one must be there; `parse`
+brings older documents up to it.
+
+1: `optimize` alone, without `kind`, `warnings`, `layers` and `ablation`.
+"""
+
+SCHEMAS = {
+    "optimize": "report.schema.json",
+    "bench": "bench.schema.json",
+    "diff": "diff.schema.json",
+}
+"""A document's `kind` -> the file of its JSON Schema, beside this one."""
 
 _LINE_LENGTH = 100
 
@@ -68,9 +80,9 @@ class Comparison:
     """
 
     engine: str
-    variant: Variant
+    variant: str
     against_engine: str
-    against: Variant
+    against: str
     ratio: stats.Ratio
 
 
@@ -99,9 +111,40 @@ class NotMeasured:
     """
 
     engine: str
-    variant: Variant | None
+    variant: str | None
     target: str | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """One choice of passes, measured against the export as it comes.
+
+    Attributes:
+        engine: the backend's name.
+        how: `alone` (this pass and no other), `without` (all but this one) or `up_to` (this one and
+            all before it).
+        name: the pass.
+        passes: the passes that ran.
+        operators: how many the program has after them.
+        same_as: the file is, byte for byte, that of this other choice (e.g. `baseline` or
+            `without elide_concat`), and was measured once; None where it was measured itself.
+        measurement: raw samples, from the same interleaved run as all others.
+        ratio: paired, to the export as it comes; above 1 is faster.
+        noise_floor: of this engine in that run, at least 1.
+        drift: of its outputs from the reference.
+    """
+
+    engine: str
+    how: Literal["alone", "without", "up_to"]
+    name: str
+    passes: tuple[str, ...]
+    operators: int
+    same_as: str | None
+    measurement: Measurement
+    ratio: stats.Ratio
+    noise_floor: float
+    drift: Drift | None
 
 
 def assemble(
@@ -122,6 +165,9 @@ def assemble(
     engine_reports: Sequence[EngineReport] = (),
     artifacts: Sequence[Artifact] = (),
     not_measured: Sequence[NotMeasured] = (),
+    warnings: Sequence[Caveat] = (),
+    layers: LayerDrifts | None = None,
+    ablation: Sequence[Ablated] = (),
     directory: Path | None = None,
     created: datetime | None = None,
 ) -> Report:
@@ -143,15 +189,15 @@ def assemble(
         engine_reports: what the builders said.
         artifacts: files that were written.
         not_measured: latencies that are missing; what the engine reports say of that is added.
+        warnings: what makes the latencies doubtful.
+        layers: drift layer by layer, or None where it was not taken.
+        ablation: what each pass earned, where that was measured.
         directory: artifact paths inside it are written relative to it, so that the folder can move.
         created: when, now by default.
     """
     floors = {each.engine: stats.noise_floor(each.control) for each in noise_floors}
-    created = created or datetime.now(timezone.utc)
     document = {
-        "schema_version": SCHEMA_VERSION,
-        "created": created.astimezone(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(command),
+        **header("optimize", command, created),
         "source": asdict(source),
         "settings": settings,
         "environment": environment,
@@ -167,8 +213,28 @@ def assemble(
         "engines": [_engine(report) for report in engine_reports],
         "artifacts": [_artifact(artifact, directory) for artifact in artifacts],
         "not_measured": _missing(not_measured, engine_reports),
+        "warnings": [asdict(caveat) for caveat in warnings],
+        "layers": None if layers is None else asdict(layers),
+        "ablation": [_ablated(each) for each in ablation],
     }
-    return Report(_strict(document))
+    return Report(strict(document))
+
+
+def header(kind: str, command: Sequence[str], created: datetime | None = None) -> dict[str, Any]:
+    """What every document begins with.
+
+    Args:
+        kind: one of `SCHEMAS`.
+        command: the command line that gives this report again, one argument each.
+        created: when, now by default.
+    """
+    created = created or datetime.now(timezone.utc)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "created": created.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+    }
 
 
 def dump(report: Report) -> str:
@@ -177,23 +243,20 @@ def dump(report: Report) -> str:
     Whatever fits on one line stands on one line, and so does every list of numbers, so that a
     thousand latency samples don't hide the rest.
     """
-    return _lines(_strict(report.document), "") + "\n"
+    return _lines(strict(report.document), "") + "\n"
 
 
 def parse(text: str) -> Report:
-    """Read a document back.
+    """Read a document of any kind back, brought up to this version.
 
     Raises:
-        OptfuseError: the text is not strict JSON, not a report, or from a newer optfuse.
+        OptfuseError: the text is not strict JSON, not a report of this or an older optfuse, or not
+            what the JSON Schema of its kind asks for.
     """
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise OptfuseError(
-            "The report cannot be read",
-            f"It is not valid JSON: {error}",
-            "Write it again with 'optfuse optimize'",
-        ) from None
+        raise _unreadable(f"It is not valid JSON: {error}") from None
     if not isinstance(document, dict) or type(document.get("schema_version")) is not int:
         raise OptfuseError(
             "The report cannot be read",
@@ -207,19 +270,18 @@ def parse(text: str) -> Report:
             f"Its schema version is {version}, and this optfuse reads up to {SCHEMA_VERSION}",
             "Update with 'pip install --upgrade optfuse'",
         )
-    missing = [key for key in json_schema()["required"] if key not in document]
-    if missing:
-        raise OptfuseError(
-            "The report cannot be read",
-            f"It lacks {', '.join(repr(key) for key in missing)}",
-            "Write it again with 'optfuse optimize'",
-        )
+    if version < 1:
+        raise _unreadable(f"There never was a schema version {version}")
+    document = _upgraded(document)
+    if str(document.get("kind")) not in SCHEMAS:
+        raise _unreadable(f"Its 'kind' is none of {', '.join(SCHEMAS)}")
+    _validate(document)
     return Report(document)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) that every document satisfies."""
-    text = resources.files("optfuse.report").joinpath("report.schema.json").read_text("utf-8")
+def json_schema(kind: str = "optimize") -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) that every document of that kind satisfies."""
+    text = resources.files("optfuse.report").joinpath(SCHEMAS[kind]).read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -239,8 +301,8 @@ def step_document(step: Step) -> dict[str, Any]:
         "relative_l2": step.relative_l2,
         "undone": step.undone,
     }
-    strict: dict[str, Any] = _strict(document)
-    return strict
+    plain: dict[str, Any] = strict(document)
+    return plain
 
 
 def _program(
@@ -279,6 +341,22 @@ def _drift(drift: Drift, drifts: Sequence[Drift]) -> dict[str, Any]:
         **asdict(drift),
         "baseline_relative_l2": baseline,
         "ratio_to_baseline": drift.relative_l2 / baseline if baseline else None,
+    }
+
+
+def _ablated(each: Ablated) -> dict[str, Any]:
+    """A choice of passes with its verdict, and its drift beside its own raw samples."""
+    return {
+        "how": each.how,
+        "pass": each.name,
+        "passes": each.passes,
+        "operators": each.operators,
+        "same_as": each.same_as,
+        **asdict(each.ratio),
+        "noise_floor": each.noise_floor,
+        "verdict": stats.verdict(each.ratio, each.noise_floor),
+        "relative_l2": None if each.drift is None else each.drift.relative_l2,
+        **_latency(each.measurement),
     }
 
 
@@ -356,17 +434,17 @@ def _missing(
     return [asdict(missing) for missing in dict.fromkeys((*stated, *built))]
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The value in strict JSON's own types: NaN and the infinities become null, anything that
     JSON does not know becomes its text."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return [_strict(item) for item in sorted(value, key=str)]
+        return [strict(item) for item in sorted(value, key=str)]
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -387,5 +465,39 @@ def _lines(value: Any, indent: str) -> str:
     return "[\n" + ",\n".join(inner + _lines(item, inner) for item in value) + f"\n{indent}]"
 
 
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """The document as this version would have written it, where it is older."""
+    if document["schema_version"] == 1:
+        new: dict[str, Any] = {"kind": "optimize", "warnings": [], "layers": None, "ablation": []}
+        document = {**document, "schema_version": 2, **new}
+    return document
+
+
+def _validate(document: Mapping[str, Any]) -> None:
+    import jsonschema
+
+    missing = [key for key in json_schema(document["kind"])["required"] if key not in document]
+    if missing:
+        raise _unreadable(f"It lacks {', '.join(repr(key) for key in missing)}")
+    validator = jsonschema.Draft202012Validator(json_schema(document["kind"]))
+    error = jsonschema.exceptions.best_match(validator.iter_errors(document))
+    if error is not None:
+        # The value itself may be a megabyte; where it stands and what is wrong with it is enough.
+        short = len(error.message) <= _LINE_LENGTH
+        what = error.message if short else f"it breaks the schema's '{error.validator}'"
+        raise _unreadable(f"At {error.json_path}: {what}")
+
+
+def _unreadable(cause: str) -> OptfuseError:
+    return OptfuseError("The report cannot be read", cause, "Write it again with optfuse")
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number

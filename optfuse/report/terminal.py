@@ -15,12 +15,12 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from optfuse.report import rows
+from optfuse.report import kinds, rows
 from optfuse.report.schema import step_document
+from optfuse.report.table import Column, Table, printable
 from optfuse.stages import Report, Step
 
 _VERDICT_STYLES = {"faster": "green", "slower": "red", "undecided": "yellow"}
-_REFUSAL_GROUPS = 5
 _INDENT = 2
 _GAP = 2
 _FOLDED_WORD = 16
@@ -28,29 +28,21 @@ _FOLDED_WORD = 16
 
 
 def render(report: Report, console: Console) -> None:
-    """Print the result of one run."""
+    """Print a report of any kind."""
     document = report.document
-    for sentence in rows.headline(document):
+    page = kinds.page(document, brief=True)
+    for sentence in page.headline:
         _print(console, sentence)
-    for warning in rows.warnings(document):
+    for warning in page.warnings:
         _print(console, f"WARNING: {warning}")
-    for line in rows.program_lines(document):
+    for line in page.facts:
         _print(console, line)
-    tables = (
-        rows.passes(document),
-        rows.speedups(document),
-        rows.latency(document),
-        rows.drift(document),
-        *rows.engines(document),
-        rows.refusals(document, limit=_REFUSAL_GROUPS),
-        rows.artifacts(document),
-    )
-    for table in tables:
+    for table in page.tables:
         _draw(console, table)
     console.print()
     _print(console, rows.machine(document))
     # Neither wrapped nor cut, so that it can be copied.
-    console.print(Text(f"$ {rows.printable(document['command'])}"), soft_wrap=True)
+    console.print(Text(f"$ {printable(document['command'])}"), soft_wrap=True)
 
 
 def render_explain(explained: Report | Sequence[Step], console: Console) -> None:
@@ -64,7 +56,7 @@ def render_explain(explained: Report | Sequence[Step], console: Console) -> None
         console.print(Padding(Text(line), (0, 0, 0, level * _INDENT), expand=False))
 
 
-def _draw(console: Console, table: rows.Table) -> None:
+def _draw(console: Console, table: Table) -> None:
     if not table.rows and not table.empty:
         return
     console.print()
@@ -93,7 +85,7 @@ def _draw(console: Console, table: rows.Table) -> None:
         _print(console, note)
 
 
-def _widths(table: rows.Table, available: int) -> list[int]:
+def _widths(table: Table, available: int) -> list[int]:
     """The width of every column, in characters.
 
     Where the table is too wide, headings break first, then sentences, then words such as paths;
@@ -111,7 +103,7 @@ def _widths(table: rows.Table, available: int) -> list[int]:
     return widths
 
 
-def _limits(column: rows.Column, cells: Sequence[str]) -> tuple[int, int, int, int]:
+def _limits(column: Column, cells: Sequence[str]) -> tuple[int, int, int, int]:
     """A column's width with nothing broken, with a broken heading, sentences, and words."""
     heading = _longest(column.heading.split())
     whole = max(heading, _longest(cells))
@@ -122,7 +114,7 @@ def _limits(column: rows.Column, cells: Sequence[str]) -> tuple[int, int, int, i
     return widest, whole, max(heading, word), max(heading, min(word, _FOLDED_WORD))
 
 
-def _columns(table: rows.Table) -> Iterator[tuple[rows.Column, list[str]]]:
+def _columns(table: Table) -> Iterator[tuple[Column, list[str]]]:
     for index, column in enumerate(table.columns):
         yield column, [row[index] for row in table.rows]
 
@@ -135,7 +127,7 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
 
 
-def _cell(column: rows.Column, cell: str) -> Text:
+def _cell(column: Column, cell: str) -> Text:
     return Text(cell, style=_VERDICT_STYLES.get(cell, "") if column.verdict else "")
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from optfuse.report import rows
+from optfuse.report import rows, table
 from optfuse.report.schema import Comparison, NotMeasured
 from optfuse.stages import Refused, Site, Step
 from optfuse.stats import Ratio
@@ -267,8 +267,8 @@ def test_empty_tables_say_what_is_missing() -> None:
     assert rows.drift(document).empty == "Drift was not measured."
     assert rows.refusals(document).empty == "No pass refused a place."
     assert rows.operators(document).empty == "No operator count changed."
-    for table in (rows.speedups, rows.latency, rows.artifacts):
-        assert (table(document).rows, table(document).notes) == ((), ())
+    for each in (rows.speedups, rows.latency, rows.artifacts):
+        assert (each(document).rows, each(document).notes) == ((), ())
     assert rows.engines(document) == []
     assert rows.program_lines(document)[0] == "inputs: none"
 
@@ -286,7 +286,7 @@ def test_empty_tables_say_what_is_missing() -> None:
     ],
 )
 def test_only_visible_characters_leave(text: str, shown: str) -> None:
-    assert rows.printable(text) == shown
+    assert table.printable(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -302,15 +302,15 @@ def test_only_visible_characters_leave(text: str, shown: str) -> None:
     ],
 )
 def test_significant_digits(number: float | None, digits: int, text: str) -> None:
-    assert rows.significant(number, digits) == text
+    assert table.significant(number, digits) == text
 
 
 def test_counts_distances_and_sizes() -> None:
-    assert [rows.count(n) for n in (999, 6_998_552, 3_005_000_000, None)] == [
+    assert [table.count(n) for n in (999, 6_998_552, 3_005_000_000, None)] == [
         "999",
         "7.00 M",
         "3.00 G",
         "not counted",
     ]
-    assert [rows.distance(n) for n in (1.24e-15, 0.0, None)] == ["1.2e-15", "0", "-"]
-    assert [rows.megabytes(n) for n in (28_012_345, 12, None)] == ["28.0", "<0.001", "-"]
+    assert [table.distance(n) for n in (1.24e-15, 0.0, None)] == ["1.2e-15", "0", "-"]
+    assert [table.megabytes(n) for n in (28_012_345, 12, None)] == ["28.0", "<0.001", "-"]

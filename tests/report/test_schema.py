@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from optfuse.errors import OptfuseError
-from optfuse.report import schema
+from optfuse.report import markdown, schema
 from optfuse.report.schema import Comparison, NoiseFloor, NotMeasured
 from optfuse.stages import Drift, Report, Step
 from optfuse.stats import Ratio
@@ -208,7 +208,7 @@ def test_text_keeps_the_order_of_keys_and_numbers_on_one_line() -> None:
     assert list(json.loads(text)) == schema.json_schema()["required"]
     samples = next(line for line in text.splitlines() if '"samples_ms"' in line)
     assert samples.count("3.75") == 200
-    assert text.splitlines()[1] == '  "schema_version": 1,'
+    assert text.splitlines()[1] == '  "schema_version": 2,'
 
 
 def test_steps_keep_sites_refusals_and_why_they_were_undone() -> None:
@@ -231,7 +231,11 @@ def test_steps_keep_sites_refusals_and_why_they_were_undone() -> None:
         ("[1, 2]", "It is JSON, but it has no 'schema_version'"),
         ('{"name": "x"}', "It is JSON, but it has no 'schema_version'"),
         ('{"schema_version": true}', "It is JSON, but it has no 'schema_version'"),
-        ('{"schema_version": 2}', "Its schema version is 2, and this optfuse reads up to 1"),
+        ('{"schema_version": 3}', "Its schema version is 3, and this optfuse reads up to 2"),
+        ('{"schema_version": 0}', "There never was a schema version 0"),
+        ('{"schema_version": 2}', "Its 'kind' is none of optimize, bench, diff"),
+        ('{"schema_version": 2, "kind": []}', "Its 'kind' is none of optimize, bench, diff"),
+        ('{"schema_version": 1, "n": 1e999}', "It is not valid JSON: 1e999 is too large"),
         ('{"schema_version": 1, "created": "x"}', "It lacks 'command', 'source', 'settings'"),
     ],
 )
@@ -250,3 +254,36 @@ def test_assembling_leaves_its_arguments_alone() -> None:
     full_report(**arguments)
 
     assert arguments == kept
+
+
+def test_a_report_of_version_1_still_opens_and_prints() -> None:
+    text = (Path(__file__).parent / "data" / "report-v1.json").read_text(encoding="utf-8")
+    assert json.loads(text)["schema_version"] == 1
+    document = schema.parse(text).document
+    assert (document["schema_version"], document["kind"]) == (2, "optimize")
+    assert (document["warnings"], document["layers"], document["ablation"]) == ([], None, [])
+    jsonschema.validate(document, schema.json_schema())
+    assert markdown.render(Report(document)).startswith("# squeezenet: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "cause"),
+    [
+        (("latency", 0, "median_ms"), "fast", "At $.latency[0].median_ms: 'fast' is not of type"),
+        (("latency", 0, "samples_ms"), [], "At $.latency[0].samples_ms: [] should be non-empty"),
+        (("speedups", 0, "verdict"), "great", "At $.speedups[0].verdict: 'great' is not one of"),
+        (("program", "operators_after"), -1, "At $.program.operators_after: -1 is less than"),
+        (("steps",), "x" * 1000, "At $.steps: it breaks the schema's 'type'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_place(
+    path: tuple[str | int, ...], value: Any, cause: str
+) -> None:
+    document = json.loads(schema.dump(full_report()))
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    with pytest.raises(OptfuseError) as caught:
+        schema.parse(json.dumps(document))
+    assert caught.value.cause.startswith(cause)

@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from optfuse.report import rows, terminal
+from optfuse.report import rows, table, terminal
 from optfuse.report.schema import NoiseFloor
 from optfuse.stages import Refused, Report, Site, Step
 from optfuse.stats import Ratio
@@ -29,7 +29,7 @@ def rendered(report: Report, width: int, color: bool = False) -> str:
     return output.getvalue()
 
 
-def tables(report: Report) -> list[rows.Table]:
+def tables(report: Report) -> list[table.Table]:
     document = report.document
     return [
         rows.passes(document),
@@ -45,9 +45,9 @@ def test_every_number_and_verdict_is_whole_and_no_line_is_too_long(width: int) -
     report = full_report()
     text = rendered(report, width)
 
-    for table in tables(report):
-        for row in table.rows:
-            for column, cell in zip(table.columns, row, strict=True):
+    for each in tables(report):
+        for row in each.rows:
+            for column, cell in zip(each.columns, row, strict=True):
                 if column.number or column.verdict:
                     assert cell in text
     # Each verdict stands in the same line as its own ratio.
