@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole, in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
+
+
+def cache_folder() -> Path:
+    """Where what is worth keeping between runs is kept, by the XDG convention."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "optfuse"
 
 
 def sha256(path: Path) -> str:

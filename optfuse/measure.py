@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from optfuse.stages import Measurement, Notify, silent
 
@@ -46,6 +46,7 @@ class Schedule:
             the budget; with three, a block's median survives one interrupted run.
         warmup_ms, warmup_runs: both must be reached before a session is timed. 200 ms is what
             trtexec does.
+        fill: blocks are as long as the budget lets `max_blocks` of them be, whatever `block_ms`.
     """
 
     budget_seconds: float = 15.0
@@ -55,6 +56,17 @@ class Schedule:
     min_runs_per_block: int = 3
     warmup_ms: float = 200.0
     warmup_runs: int = 3
+    fill: bool = False
+
+    @classmethod
+    def lasting(
+        cls, seconds: float, *, warmup_ms: float = 200.0, blocks: int | None = None
+    ) -> Schedule:
+        """A schedule for so many seconds in all; with `blocks`, of just so many rounds, each of
+        which is made long enough to fill that time."""
+        if blocks is None:
+            return cls(budget_seconds=seconds, warmup_ms=warmup_ms)
+        return cls(seconds, blocks, blocks, warmup_ms=warmup_ms, fill=True)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_blocks <= self.max_blocks:
@@ -63,14 +75,51 @@ class Schedule:
             raise ValueError("a schedule needs at least one run a block and one of warm-up")
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """A warm session and how often it runs in one block."""
+class Timed(Protocol):
+    """Something that runs and can be timed, here or in a process of its own."""
 
-    engine: str
-    variant: str
-    session: Session
-    runs_per_block: int
+    device: str
+
+    def warm_up(self, schedule: Schedule) -> float:
+        """Run until warm; milliseconds of a run."""
+
+    def block(self, runs: int) -> tuple[float, ...]:
+        """Run once without timing, then time so many runs one by one; milliseconds of each."""
+
+
+class InProcess:
+    """A session of this process.
+
+    Args:
+        session: its inputs are already bound.
+        clock: for tests.
+    """
+
+    def __init__(self, session: Session, clock: Clock = time.perf_counter_ns) -> None:
+        self.device = session.device
+        self._session = session
+        self._clock = clock
+
+    def warm_up(self, schedule: Schedule) -> float:
+        """Run until warm; milliseconds of a run, from the later half of them."""
+        runs_ms: list[float] = []
+        while len(runs_ms) < schedule.warmup_runs or sum(runs_ms) < schedule.warmup_ms:
+            start = self._clock()
+            self._session.run()
+            # A run below the clock's resolution still counts, or this loop would never end.
+            runs_ms.append(max(1, self._clock() - start) / NANOSECONDS_PER_MS)
+        return median(runs_ms[len(runs_ms) // 2 :])
+
+    def block(self, runs: int) -> tuple[float, ...]:
+        """Milliseconds of every run of one block; its first run is not timed."""
+        run, clock = self._session.run, self._clock
+        run()
+        samples_ms = []
+        for _ in range(runs):
+            start = clock()
+            run()
+            samples_ms.append(max(1, clock() - start) / NANOSECONDS_PER_MS)
+        return tuple(samples_ms)
 
 
 def measure(
@@ -104,25 +153,39 @@ def measure(
         ValueError: there is no session, or two have the same engine and variant.
         EngineError: an engine failed while it ran.
     """
-    _check_distinct(sessions)
+    timed = [(engine, variant, InProcess(each, clock)) for engine, variant, each in sessions]
+    return interleave(timed, schedule=schedule, seed=seed, notify=notify, clock=clock)
+
+
+def interleave(
+    timed: Sequence[tuple[str, str, Timed]],
+    *,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    notify: Notify = silent,
+    clock: Clock = time.perf_counter_ns,
+) -> list[Measurement]:
+    """What `measure` does, with anything that can be timed: (engine, variant, timed) of each.
+
+    Raises:
+        ValueError: there is none, or two have the same engine and variant.
+        EngineError: an engine failed while it ran.
+    """
+    _check_distinct([(engine, variant) for engine, variant, _ in timed])
     schedule = schedule or Schedule()
     deadline = clock() + int(schedule.budget_seconds * 1e9)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         run_ms = []
-        for engine, variant, session in sessions:
+        for engine, variant, each in timed:
             notify(f"Warming up {engine} {variant}", None)
-            run_ms.append(_warm_up(session, schedule, clock))
+            run_ms.append(each.warm_up(schedule))
         left_ms = (deadline - clock()) / NANOSECONDS_PER_MS
-        contenders = [
-            _Contender(engine, variant, session, runs)
-            for (engine, variant, session), runs in zip(
-                sessions, _runs_per_block(run_ms, schedule, left_ms), strict=True
-            )
-        ]
+        runs = _runs_per_block(run_ms, schedule, left_ms)
+        contenders = [(each, count) for (_, _, each), count in zip(timed, runs, strict=True)]
         blocks = _rounds(contenders, schedule, deadline, random.Random(seed), notify, clock)
     return [
-        Measurement(one.engine, one.variant, one.session.device, tuple(of_one))
-        for one, of_one in zip(contenders, blocks, strict=True)
+        Measurement(engine, variant, each.device, tuple(of_one))
+        for (engine, variant, each), of_one in zip(timed, blocks, strict=True)
     ]
 
 
@@ -131,8 +194,11 @@ def _runs_per_block(run_ms: Sequence[float], schedule: Schedule, left_ms: float)
 
     Slow models get fewer runs rather than fewer blocks: it is blocks that an interval is made of.
     """
+    block_ms = schedule.block_ms
+    if schedule.fill:  # less the run of each block that is not timed
+        block_ms = (left_ms / schedule.max_blocks - sum(run_ms)) / len(run_ms)
     for least in range(schedule.min_runs_per_block, 0, -1):
-        runs = [max(least, math.ceil(schedule.block_ms / each)) for each in run_ms]
+        runs = [max(least, math.ceil(block_ms / each)) for each in run_ms]
         round_ms = sum((count + 1) * each for count, each in zip(runs, run_ms, strict=True))
         if round_ms * schedule.min_blocks <= left_ms:
             break
@@ -140,7 +206,7 @@ def _runs_per_block(run_ms: Sequence[float], schedule: Schedule, left_ms: float)
 
 
 def _rounds(
-    contenders: Sequence[_Contender],
+    contenders: Sequence[tuple[Timed, int]],
     schedule: Schedule,
     deadline: int,
     shuffler: random.Random,
@@ -161,45 +227,22 @@ def _rounds(
         order = list(range(len(contenders)))
         shuffler.shuffle(order)
         for index in order:
-            blocks[index].append(_timed_block(contenders[index], clock))
+            timed, runs = contenders[index]
+            blocks[index].append(timed.block(runs))
     notify("Measured latency", 1.0)
     return blocks
 
 
-def _timed_block(contender: _Contender, clock: Clock) -> tuple[float, ...]:
-    """Milliseconds of every run of one block; its first run is not timed."""
-    run = contender.session.run
-    run()
-    samples_ms = []
-    for _ in range(contender.runs_per_block):
-        start = clock()
-        run()
-        samples_ms.append((clock() - start) / NANOSECONDS_PER_MS)
-    return tuple(samples_ms)
-
-
-def _warm_up(session: Session, schedule: Schedule, clock: Clock) -> float:
-    """Run until warm; milliseconds of a run, from the later half of them."""
-    runs_ms: list[float] = []
-    while len(runs_ms) < schedule.warmup_runs or sum(runs_ms) < schedule.warmup_ms:
-        start = clock()
-        session.run()
-        # A run below the clock's resolution still counts, or this loop would never end.
-        runs_ms.append(max(1, clock() - start) / NANOSECONDS_PER_MS)
-    return median(runs_ms[len(runs_ms) // 2 :])
-
-
-def _check_distinct(sessions: Sequence[tuple[str, str, Session]]) -> None:
-    if not sessions:
+def _check_distinct(names: Sequence[tuple[str, str]]) -> None:
+    if not names:
         raise ValueError("there is no session to measure")
-    names = [(engine, variant) for engine, variant, _ in sessions]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name[0]} {name[1]} is there twice")
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """A collection in the middle of a run would be counted as the engine's time."""
     was_enabled = gc.isenabled()
     gc.collect()

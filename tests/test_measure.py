@@ -256,3 +256,25 @@ def test_two_sessions_must_not_go_by_the_same_name() -> None:
 def test_a_schedule_must_make_sense(changes: dict[str, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Schedule(**changes)  # type: ignore[arg-type]
+
+
+def test_a_number_of_blocks_fills_the_time() -> None:
+    bench = Bench(a=10, b=40)
+    schedule = Schedule.lasting(10.0, warmup_ms=100, blocks=20)
+    results = bench.measure(schedule)
+    assert [len(result.blocks) for result in results] == [20, 20]
+    # 10 s less 0.26 s of warm-up over 20 rounds is 487 ms, less 10 + 40 ms that are not timed:
+    # 218 ms for each block.
+    assert {len(block) for block in results[0].blocks} == {22}
+    assert {len(block) for block in results[1].blocks} == {6}
+    assert 9.5e9 < bench.clock.now < 11e9
+
+
+def test_a_number_of_blocks_is_kept_where_the_time_is_too_short() -> None:
+    bench = Bench(a=100, b=100)
+    results = bench.measure(Schedule.lasting(0.1, blocks=8))
+    assert [[len(block) for block in result.blocks] for result in results] == [[1] * 8] * 2
+
+
+def test_without_a_number_of_blocks_only_the_time_changes() -> None:
+    assert Schedule.lasting(3.0) == Schedule(budget_seconds=3.0)

@@ -1,0 +1,225 @@
+"""What bench and diff are given: how it is read, opened and fed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
+from optfuse.stages import Artifact, InputSpec, Program
+from optfuse.subjects import Subject, feeds_of, onnx_inputs, opened_by, parse_subjects, program_of
+
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+def example_inputs():
+    return torch.randn(2, 3, 8, 8)
+
+class Scale(nn.Module):
+    def forward(self, factor):
+        return factor * 3.0
+"""
+
+
+def onnx_file(
+    path: Path, shape: tuple[int | str, ...] = (1, 4), element: int = TensorProto.FLOAT
+) -> Path:
+    """y = x + c, where c is a constant that older files list among the inputs too."""
+    x = helper.make_tensor_value_info("x", element, shape)
+    c = helper.make_tensor_value_info("c", element, [1])
+    y = helper.make_tensor_value_info("y", element, shape)
+    constant = helper.make_tensor("c", element, [1], [2])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "c"], ["y"])], "g", [x, c], [y])
+    graph.initializer.append(constant)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL, encoding="utf-8")
+    onnx_file(tmp_path / "out" / "baseline.onnx")
+    onnx_file(tmp_path / "out" / "model.onnx")
+    return tmp_path
+
+
+def read(*texts: str) -> list[tuple[str, str, str]]:
+    return [(each.kind, each.name, each.engine) for each in parse_subjects(texts)]
+
+
+def test_each_kind_has_its_usual_engine_and_at_chooses_another(folder: Path) -> None:
+    engine = folder / "engines" / "tensorrt-rtx" / "sm_89.engine"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"not looked at")
+    assert read("net.py:build") == [("source", "net@torch", "torch")]
+    assert read("net.py:build@onnxruntime") == [("source", "net@onnxruntime", "onnxruntime")]
+    assert read("torchvision:resnet18") == [("source", "resnet18@torch", "torch")]
+    assert read("out/model.onnx") == [("onnx", "out/model.onnx@onnxruntime", "onnxruntime")]
+    assert read(f"{engine}") == [
+        ("engine", "tensorrt-rtx/sm_89.engine@tensorrt-rtx", "tensorrt-rtx")
+    ]
+
+
+@pytest.mark.parametrize("text", ["out", "out/", "out/report.json"])
+def test_a_folder_of_results_is_its_two_files(folder: Path, text: str) -> None:
+    (folder / "out" / "report.json").write_text("{}")
+    assert read(text) == [
+        ("onnx", "out/baseline.onnx@onnxruntime", "onnxruntime"),
+        ("onnx", "out/model.onnx@onnxruntime", "onnxruntime"),
+    ]
+
+
+def test_names_are_told_apart(folder: Path) -> None:
+    onnx_file(folder / "old" / "out" / "model.onnx")
+    named = [name for _, name, _ in read("out/model.onnx", "old/out/model.onnx", "out/model.onnx")]
+    assert named == [
+        "out/model.onnx@onnxruntime",
+        "old/out/model.onnx@onnxruntime",
+        "out/model.onnx@onnxruntime (2)",
+    ]
+
+
+def test_an_at_that_no_engine_follows_belongs_to_the_path(folder: Path) -> None:
+    onnx_file(folder / "a@b" / "model.onnx")
+    named = ("onnx", "a@b/model.onnx@onnxruntime", "onnxruntime")
+    assert read("a@b/model.onnx") == [named]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "sentence"),
+    [
+        ("net.py:build@nosuch", UsageError, "There is no engine 'nosuch'."),
+        ("nothing", UsageError, "There is no such file or folder"),
+        ("net.py", UsageError, "It is no model source, no .onnx or .engine file"),
+        (".", UsageError, "The folder holds neither of baseline.onnx and model.onnx."),
+        ("gone.onnx", LoadError, "There is no such file."),
+        ("gone/report.json", UsageError, "not written as a model source"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    folder: Path, text: str, error: type[OptfuseError], sentence: str
+) -> None:
+    with pytest.raises(error) as caught:
+        parse_subjects([text])
+    assert sentence in str(caught.value)
+
+
+def test_an_engine_file_outside_its_folder_needs_its_engine(folder: Path) -> None:
+    (folder / "x.engine").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"Write x\.engine@tensorrt or x\.engine@tensorrt-rtx"):
+        parse_subjects(["x.engine"])
+    assert parse_subjects(["x.engine@tensorrt"])[0].engine == "tensorrt"
+
+
+def subject(text: str) -> Subject:
+    [only] = parse_subjects([text])
+    return only
+
+
+def test_a_source_is_captured_or_exported_as_its_engine_wants(folder: Path) -> None:
+    program = opened_by(subject("net.py:build"), folder)
+    assert isinstance(program, Program)
+    exported = opened_by(subject("net.py:build@onnxruntime"), folder / "made")
+    assert isinstance(exported, Artifact)
+    assert (exported.kind, exported.variant) == ("onnx", "baseline")
+    assert exported.path == folder / "made" / "net.onnx"
+
+
+def test_a_batch_repeats_the_examples_rows(folder: Path) -> None:
+    two, five = (program_of(subject("net.py:build"), batch) for batch in (None, 5))
+    [rows], [more] = feeds_of(two), feeds_of(five)
+    assert (tuple(rows.shape), tuple(more.shape)) == ((2, 3, 8, 8), (5, 3, 8, 8))
+    assert torch.equal(more, rows[torch.tensor([0, 1, 0, 1, 0])])
+
+
+def test_a_model_without_a_first_dimension_has_no_batch(folder: Path) -> None:
+    [scale] = parse_subjects(["net.py:Scale"], inputs=(InputSpec(None, ()),))
+    with pytest.raises(UsageError, match="None of its example inputs has a first dimension"):
+        program_of(scale, 4)
+
+
+def test_an_onnx_files_inputs_leave_its_constants_out(folder: Path) -> None:
+    path = onnx_file(folder / "open.onnx", ("batch", 4, "width"))
+    assert onnx_inputs(path) == [("x", "float32", ("batch", 4, "width"))]
+
+
+def test_open_sizes_come_from_the_batch_or_the_user(folder: Path) -> None:
+    onnx_file(folder / "batch.onnx", ("n", 4))
+    thing = opened_by(subject("batch.onnx"), folder, 8)
+    [feed] = feeds_of(thing, batch=8)
+    assert (tuple(feed.shape), feed.dtype) == ((8, 4), torch.float32)
+    [other] = feeds_of(thing, (InputSpec("x", (3, 4)),))
+    assert tuple(other.shape) == (3, 4)
+    [unnamed] = feeds_of(thing, (InputSpec(None, (2, 4)),), seed=1)
+    [again] = feeds_of(thing, (InputSpec(None, (2, 4)),), seed=1)
+    assert torch.equal(unnamed, again)
+    assert unnamed.std() > 0.1  # drawn, not zeros
+
+
+@pytest.mark.parametrize(
+    ("shape", "specs", "sentence"),
+    [
+        (("n", 4), (), "Give it with --input x=SHAPE:float32"),
+        (("n", 4), (InputSpec("x", (2, 5)),), "The file takes nx4:float32"),
+        ((2, 4), (InputSpec("x", (2, 4), "int64"),), "The file takes 2x4:float32"),
+        ((2, 4), (InputSpec("x", (2, 4, 1)),), "The file takes 2x4:float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_file(
+    folder: Path, shape: tuple[int | str, ...], specs: tuple[InputSpec, ...], sentence: str
+) -> None:
+    onnx_file(folder / "open.onnx", shape)
+    with pytest.raises(UsageError) as caught:
+        feeds_of(opened_by(subject("open.onnx"), folder), specs)
+    assert sentence in str(caught.value)
+
+
+def test_a_file_for_another_batch_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="It was exported for a batch of 1"):
+        opened_by(subject("out/model.onnx"), folder, 8)
+    opened_by(subject("out/model.onnx"), folder, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01\x02", b"not an onnx file"])
+def test_what_is_no_onnx_file_is_said(folder: Path, content: bytes) -> None:
+    (folder / "bad.onnx").write_bytes(content)
+    with pytest.raises(LoadError, match=r"'bad\.onnx' cannot be read"):
+        opened_by(subject("bad.onnx"), folder)
+
+
+def test_inputs_that_are_no_tensors_of_numbers_are_said(folder: Path) -> None:
+    onnx_file(folder / "text.onnx", (1,), TensorProto.INT32)
+    model = onnx.load(folder / "text.onnx")
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    onnx.save(model, folder / "text.onnx")
+    with pytest.raises(LoadError, match="Its input 'x' is no tensor of a dtype that PyTorch has"):
+        onnx_inputs(folder / "text.onnx")
+
+
+def test_an_engine_files_inputs_are_the_users(folder: Path) -> None:
+    (folder / "x.engine").write_bytes(b"x")
+    thing = opened_by(subject("x.engine@tensorrt"), folder)
+    with pytest.raises(UsageError, match="Give every input with --input"):
+        feeds_of(thing)
+    assert [tuple(feed.shape) for feed in feeds_of(thing, (InputSpec("x", (2, 3)),))] == [(2, 3)]
+    with pytest.raises(UsageError, match="An engine has fixed sizes"):
+        opened_by(subject("x.engine@tensorrt"), folder, 2)
+
+
+def test_an_engine_that_cannot_open_it_says_so(folder: Path) -> None:
+    from optfuse import backends
+    from optfuse.stages import BuildOptions
+
+    thing = opened_by(subject("out/model.onnx@torch"), folder)
+    with pytest.raises(EngineError, match="Open the file with the engine 'onnxruntime'"):
+        backends.get("torch").open(thing, BuildOptions())
