@@ -24,12 +24,15 @@ LEVELS = (
     ("pipeline", "bench", "diff"),
     ("isolated",),
     ("ablate", "roofline", "subjects"),
-    ("load", "capture", "optimize", "export", "measure", "compare", "gate", "report", "layers"),
+    (
+        *("load", "capture", "optimize", "export", "measure", "diagnose", "compare", "gate"),
+        *("report", "layers"),
+    ),
     ("passes", "backends", "inputs"),
     ("weights",),
     (
         *("graph", "convolution", "routing", "activations", "conv_act", "cost", "float64"),
-        *("stats", "environment", "files"),
+        *("onnx_cost", "stats", "environment", "files"),
     ),
     ("stages",),
     ("errors", "version"),
