@@ -26,6 +26,7 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.driver_scaling
 	$(BIN)/python -m benchmarks.export_time
 	$(BIN)/python -m benchmarks.peak_memory
+	$(BIN)/python -m benchmarks.latency_agrees
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -23,16 +23,16 @@ LEVELS = (
     ("cli",),
     ("pipeline", "bench", "diff"),
     ("isolated",),
-    ("ablate", "roofline", "subjects"),
+    ("ablate", "roofline", "subjects", "gate"),
     (
-        *("load", "capture", "optimize", "export", "measure", "diagnose", "compare", "gate"),
-        *("report", "layers"),
+        *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
+        *("report", "layers", "limits"),
     ),
     ("passes", "backends", "inputs"),
     ("weights",),
     (
         *("graph", "convolution", "routing", "activations", "conv_act", "cost", "float64"),
-        *("onnx_cost", "stats", "environment", "files"),
+        *("onnx_cost", "fingerprint", "stats", "environment", "files"),
     ),
     ("stages",),
     ("errors", "version"),
@@ -216,6 +216,8 @@ COMMAND = (
         COMMAND.format(words="'--version'"),
         COMMAND.format(words="'optimize', '--help'"),
         COMMAND.format(words="'engines'"),
+        COMMAND.format(words="'bench', '--help'"),
+        COMMAND.format(words="'check', '--help'"),
     ],
 )
 def test_answers_at_once(statement: str) -> None:

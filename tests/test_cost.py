@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optfuse.cost import flops, parameters
+from optfuse.cost import compulsory_bytes, flops, parameters
 from tests.harness import captured, optimized, scramble
 
 
@@ -41,6 +41,20 @@ def test_attention_is_counted_as_its_two_products() -> None:
     q, k, v = numbers(2, 3, 5, 8), numbers(2, 3, 7, 8), numbers(2, 3, 7, 8)
     # 6 heads; 5 queries by 7 keys of 8 numbers, then 5 results of 8 numbers from 7 values.
     assert flops(captured(Attention(), q, k, v)) == 2 * 6 * (5 * 7 * 8 + 5 * 8 * 7)
+
+
+def test_attention_is_counted_inside_a_model_that_takes_its_result_apart() -> None:
+    """Attention's kernel leaves its result in an order of its own, and the view that was captured
+    behind it fits no other."""
+
+    class Heads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = x.unflatten(2, (3, 4)).transpose(1, 2)
+            attended = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+            return attended.transpose(1, 2).flatten(2)
+
+    # 3 heads; 5 queries by 5 keys of 4 numbers, then 5 results of 4 numbers from 5 values.
+    assert flops(captured(Heads(), numbers(2, 5, 12))) == 2 * 2 * 3 * (5 * 5 * 4 + 5 * 4 * 5)
 
 
 def test_what_is_called_twice_costs_twice() -> None:
@@ -123,3 +137,62 @@ def test_parameters_count_a_shared_one_once_and_no_buffers(share: Any) -> None:
 
 def test_parameters_of_a_model_without_any() -> None:
     assert parameters(captured(nn.ReLU(), numbers(3))) == 0
+
+
+BYTES: list[tuple[nn.Module, tuple[int, ...], int]] = [
+    # Weights, inputs and outputs, four bytes each.
+    (nn.Linear(5, 7), (3, 5), 4 * ((5 * 7 + 7) + 3 * 5 + 3 * 7)),
+    (nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 8, 9), 4 * (6 * 2 * 9 + 576 + 2 * 6 * 42)),
+    (nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 2)), (3, 5), 4 * (54 + 20 + 15 + 6)),
+    (nn.BatchNorm1d(5), (3, 5), 4 * (4 * 5 + 15 + 15)),
+    (nn.ReLU(), (3, 5), 4 * (15 + 15)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "expected"), BYTES)
+def test_bytes_that_have_to_be_moved(
+    layer: nn.Module, shape: tuple[int, ...], expected: int
+) -> None:
+    assert compulsory_bytes(captured(scramble(layer), numbers(*shape))) == expected
+
+
+def test_bytes_are_those_of_each_dtype() -> None:
+    module = scramble(nn.Linear(5, 7).half())
+    assert compulsory_bytes(captured(module, numbers(3, 5).half())) == 2 * (42 + 15 + 21)
+
+
+def test_of_a_table_what_is_looked_up_is_moved() -> None:
+    module, tokens = scramble(nn.Embedding(100, 4)), torch.tensor([[3, 7, 99]])
+    assert compulsory_bytes(captured(module, tokens)) == 3 * 4 * 4 + 3 * 8 + 3 * 4 * 4
+    many = torch.arange(1000) % 100
+    assert compulsory_bytes(captured(module, many)) == 100 * 4 * 4 + 1000 * 8 + 1000 * 4 * 4
+
+
+def test_a_table_that_is_a_weight_as_well_is_moved_whole_and_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(100, 4)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.table(tokens) @ self.table.weight.mT
+            return logits
+
+    program = captured(scramble(Tied()), torch.tensor([3, 7]))
+    assert compulsory_bytes(program) == 100 * 4 * 4 + 2 * 8 + 2 * 100 * 4
+
+
+def test_what_is_not_used_is_not_moved() -> None:
+    class Slicing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(numbers(1000))
+            self.scale = nn.Parameter(numbers(4))
+
+        def forward(self, x: torch.Tensor, ignored: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x[:2] * self.scale
+            return y, y
+
+    program = captured(Slicing(), numbers(50, 4), numbers(30))
+    # Two rows of x, the scale, and one result although it is returned twice.
+    assert compulsory_bytes(program) == 4 * (2 * 4 + 4 + 2 * 4)

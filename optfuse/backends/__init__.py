@@ -31,6 +31,10 @@ BACKENDS = {
 only when its engine is asked for, and imports its own package only inside functions."""
 
 
+ON_GPU = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+"""The engines whose name asks for a GPU."""
+
+
 class Session(Protocol):
     """A program that is loaded and ready to run: a context manager that frees what it holds.
 

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from optfuse.cli.application import INTERRUPTED, app
 
-from optfuse.cli import optimize, explain, listings  # isort: skip
+from optfuse.cli import optimize, bench, check, explain, listings  # isort: skip
 
-__all__ = ["INTERRUPTED", "app", "explain", "listings", "main", "optimize"]
+__all__ = [
+    "INTERRUPTED",
+    "app",
+    "bench",
+    "check",
+    "explain",
+    "listings",
+    "main",
+    "optimize",
+]
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from optfuse.cli.options import (
     QuietOption,
     SeedOption,
     SourceArgument,
+    ThreadsOption,
     TrustOption,
     WeightsOption,
     source_of,
@@ -54,12 +55,7 @@ def optimize(
         typer.Option(metavar="DIR", help="The folder for the results.", show_default="out/NAME"),
     ] = None,
     seed: SeedOption = 0,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="CPU threads of every engine.", show_default="one a physical core"
-        ),
-    ] = None,
+    threads: ThreadsOption = None,
     duration: Annotated[
         float,
         typer.Option(min=0, metavar="SECONDS", help="How long to measure latency; 0 for not."),

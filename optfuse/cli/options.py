@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from optfuse.errors import UsageError
 
 if TYPE_CHECKING:
     from optfuse.stages import Source
@@ -39,6 +42,10 @@ PassesOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads of every engine.", show_default="one a physical core"),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Allow a weights file to run code while it is unpickled.")
 ]
@@ -72,6 +79,24 @@ def source_of(
         seed=seed,
         trust=trust,
     )
+
+
+def sizes(option: str, text: str) -> tuple[int, ...]:
+    """`1,8,32` as numbers, each once.
+
+    Raises:
+        UsageError: one is no whole number above 0.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        # No size of 10 digits is possible, and Python refuses to convert thousands of them.
+        if not re.fullmatch(r"0*[1-9][0-9]{0,8}", word):
+            raise UsageError(
+                f"The sizes '{text}' of {option} cannot be read",
+                f"'{word}' is no whole number above 0",
+                f"Write them like {option} 1,8,32",
+            )
+    return tuple(dict.fromkeys(int(word) for word in words))
 
 
 def split(names: list[str] | None) -> tuple[str, ...]:

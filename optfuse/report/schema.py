@@ -127,8 +127,8 @@ class Ablated:
         name: the pass.
         passes: the passes that ran.
         operators: how many the program has after them.
-        same_as: the file is, byte for byte, that of this other choice (e.g. `baseline` or
-            `without elide_concat`), and was measured once; None where it was measured itself.
+        same_as: but for names, the program or file is that of this other choice (`baseline`, or
+            `without elide_concat`), which was measured for both; None where it was measured itself.
         measurement: raw samples, from the same interleaved run as all others.
         ratio: paired, to the export as it comes; above 1 is faster.
         noise_floor: of this engine in that run, at least 1.
