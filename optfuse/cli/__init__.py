@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from optfuse.cli.application import INTERRUPTED, app
 
-from optfuse.cli import optimize, bench, check, explain, listings  # isort: skip
+from optfuse.cli import optimize, bench, check, report, explain, listings  # isort: skip
 
 __all__ = [
     "INTERRUPTED",
@@ -19,6 +19,7 @@ __all__ = [
     "listings",
     "main",
     "optimize",
+    "report",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from optfuse.report import kinds, rows
-from optfuse.report.table import Table, printable
+from optfuse.report.table import Page, Table, printable
 from optfuse.stages import Report
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})
@@ -22,19 +22,29 @@ _PUNCTUATION = re.compile(
 def render(report: Report) -> str:
     """The whole report as GitHub-flavored Markdown, ending with a newline."""
     document = report.document
-    page = kinds.page(document)
-    title, *details = page.headline
-    warnings = [f"WARNING: {warning}" for warning in page.warnings]
-    blocks = [f"# {_escaped(title)}", _list([*details, *warnings, *page.facts])]
-    blocks += [block for table in page.tables for block in _section(table)]
-    blocks += [
+    blocks = [
+        *_blocks(kinds.page(document)),
         "## Environment",
         _list(rows.environment(document)) or "Nothing is known of it.",
         "## Reproduce",
         _fenced(printable(document["command"])),
         f"Written {_escaped(printable(document['created']))}.",
     ]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    return "\n\n".join(blocks) + "\n"
+
+
+def render_page(page: Page) -> str:
+    """A page as GitHub-flavored Markdown, ending with a newline."""
+    return "\n\n".join(_blocks(page)) + "\n"
+
+
+def _blocks(page: Page) -> list[str]:
+    """A page in pieces that stand apart from each other."""
+    title, *details = page.headline
+    warnings = [f"WARNING: {warning}" for warning in page.warnings]
+    blocks = [f"# {_escaped(title)}", _list([*details, *warnings, *page.facts])]
+    blocks += [block for table in page.tables for block in _section(table)]
+    return [block for block in blocks if block]
 
 
 def _section(table: Table) -> list[str]:

@@ -1,12 +1,13 @@
 """What every table of the report says: pure functions from the document to rows of text.
 
-The terminal and Markdown draw these and decide nothing. All text that leaves here is free of
+The terminal, Markdown and HTML draw these and decide nothing. All text that leaves here is free of
 control characters, whatever a model calls its nodes, so that no name can move the cursor, break
 out of a row or reorder a line.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,17 @@ VARIANTS = {
 }
 """A variant in the document -> its name in print."""
 
+LAYERS = "Drift per layer"
+"""The title of the table `layers`."""
+
+REFUSED = "Refused"
+"""The title of the table `refusals`."""
+
+CHOICES = {"alone": "only {}", "without": "all but {}", "up_to": "up to {}"}
+"""How a choice of passes in the document's `ablation` is called in print."""
+
 _FIRST_SITES = 3
+_WORST_LAYERS = 5
 _REFUSAL_GROUPS = 5
 _SHA256_DIGITS = 12
 
@@ -45,7 +56,8 @@ def page(document: Document, *, brief: bool = False) -> Page:
 
     Args:
         document: the report.
-        brief: for a terminal: the most frequent refusals only, and no table of operator types.
+        brief: for a terminal: the most frequent refusals and the worst layers only, no table of
+            operator types.
     """
     return Page(
         headline=tuple(headline(document)),
@@ -54,8 +66,10 @@ def page(document: Document, *, brief: bool = False) -> Page:
         tables=(
             passes(document),
             speedups(document),
+            *ablation(document, brief=brief),
             latency(document),
             drift(document),
+            *_layers(document, _WORST_LAYERS if brief else None),
             *engines(document),
             *([] if brief else [operators(document)]),
             refusals(document, limit=_REFUSAL_GROUPS if brief else None),
@@ -71,10 +85,10 @@ def headline(document: Document) -> list[str]:
         f"{program['name']}: {program['operators_before']} -> {program['operators_after']}"
         " operators"
     ]
-    sentences += [_speedup_sentence(row, document["drift"]) for row in _against_export(document)]
-    compared = {row["engine"] for row in _against_export(document)}
+    sentences += [_speedup_sentence(row, document["drift"]) for row in against_export(document)]
+    compared = {row["engine"] for row in against_export(document)}
     sentences += [
-        f"{row['engine']} drift {_drift_words(row)}"
+        f"{row['engine']} drift {drift_words(row)}"
         for row in document["drift"]
         if row["variant"] == "optimized" and row["engine"] not in compared
     ]
@@ -195,9 +209,61 @@ def _what_to_try(document: Document) -> list[str]:
     return [
         f"Slower on {row['engine']}: some engines pay more for the split behind combined "
         f"convolutions than they gain. Try --passes all,-{name}."
-        for row in _against_export(document)
+        for row in against_export(document)
         if row["verdict"] == "slower"
     ]
+
+
+def ablation(document: Document, *, brief: bool = False) -> list[Table]:
+    """What each pass earned, one table for each engine.
+
+    Args:
+        document: the report.
+        brief: each pass alone and left out, without what is of use only beside a plot.
+    """
+    shown = [row for row in document["ablation"] if not (brief and row["how"] == "up_to")]
+    engines = dict.fromkeys(row["engine"] for row in shown)
+    return [
+        _ablation(engine, [row for row in shown if row["engine"] == engine], brief)
+        for engine in engines
+    ]
+
+
+def ablation_title(engine: str) -> str:
+    """The title of an engine's table in `ablation`."""
+    return printable(f"What each pass earned on {engine}")
+
+
+def _ablation(engine: str, choices: Sequence[Mapping[str, Any]], brief: bool) -> Table:
+    columns = (
+        Column("passes"),
+        Column("operators", number=True),
+        Column("times as fast", number=True),
+        Column("verdict", verdict=True),
+        *(() if brief else (Column("median ms", number=True), Column("relative L2", number=True))),
+        *(() if brief else (Column("same file as"),)),
+    )
+    rows = [
+        (
+            choice(row),
+            str(row["operators"]),
+            _ratio(row),
+            row["verdict"],
+            *(() if brief else (significant(row["median_ms"], 4), distance(row["relative_l2"]))),
+            *(() if brief else (VARIANTS.get(row["same_as"], row["same_as"] or NONE),)),
+        )
+        for row in choices
+    ]
+    note = (
+        "Against the export as it comes, interleaved with all others. A pass earns something where "
+        "it is faster alone, or where all passes but this one are less fast than all of them."
+    )
+    return table(ablation_title(engine), columns, rows, notes=[note])
+
+
+def choice(row: Mapping[str, Any]) -> str:
+    """A row of the document's `ablation` in words, e.g. `all but elide_concat`."""
+    return printable(CHOICES[row["how"]].format(row["pass"]))
 
 
 def latency(document: Document) -> Table:
@@ -253,12 +319,100 @@ def drift(document: Document) -> Table:
     return table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
 
 
+def layers(found: Mapping[str, Any], limit: int | None = None) -> Table:
+    """The drift of every layer, in the order they run.
+
+    Args:
+        found: a document's `layers`.
+        limit: how many of the worst to show, beside the suspect; the others are counted in a note.
+    """
+    columns = (
+        Column("layer"),
+        Column("operator"),
+        Column("module"),
+        Column("relative L2", number=True),
+        Column("program's own", number=True),
+        Column("adds, times usual", number=True),
+    )
+    worst = sorted(found["rows"], key=_badness, reverse=True)[:limit]
+    names = {found["suspect"], *(row["name"] for row in worst)}
+    shown = [row for row in found["rows"] if row["name"] in names]
+    rows = [
+        (
+            row["name"] + (" (suspect)" if row["name"] == found["suspect"] else ""),
+            row["kind"],
+            row["module"] or NONE,
+            "infinite" if row["relative_l2"] is None else distance(row["relative_l2"]),
+            distance(row["own_relative_l2"]),
+            NONE if row["growth"] is None else significant(row["growth"], 3),
+        )
+        for row in shown
+    ]
+    left_out = len(found["rows"]) - len(shown)
+    notes = [
+        layer_finding(found),
+        f"On {found['engine']}; the reference is the {found['reference']}. A layer that adds more "
+        f"than {found['limit']:g} times the usual error is suspect.",
+        *([f"{left_out} layers that add less are not shown."] if left_out else []),
+    ]
+    return table(LAYERS, columns, rows, empty="No layer could be compared.", notes=notes)
+
+
+def layer_finding(found: Mapping[str, Any]) -> str:
+    """What the drift of the layers comes to, in a sentence."""
+    suspect = next((row for row in found["rows"] if row["name"] == found["suspect"]), None)
+    if suspect is None:
+        return f"No layer adds more than {found['limit']:g} times the usual error."
+    error = "an infinite error"
+    if suspect["growth"] is not None:
+        error = f"{significant(suspect['growth'], 3)} times the usual error"
+    where = _after(" of ", suspect["module"])
+    return printable(f"{suspect['name']}{where} is the first layer to drift: it adds {error}.")
+
+
+def _layers(document: Document, limit: int | None) -> list[Table]:
+    found = document["layers"]
+    return [] if found is None else [layers(found, limit)]
+
+
+def _badness(row: Mapping[str, Any]) -> float:
+    """What layers are ordered by: what they add; an infinite error is worst."""
+    if row["relative_l2"] is None:
+        return math.inf
+    return -1.0 if row["growth"] is None else float(row["growth"])
+
+
+def engine_layers(document: Document) -> list[tuple[str, Table]]:
+    """Every layer of every engine that was built, with the title of the engine's own table."""
+    columns = (Column("layer"), Column("kind"), Column("made of the ONNX nodes"))
+    return [
+        (
+            engine_title(row["engine"], row["target"]),
+            table(
+                f"All {len(row['layer_table'])} layers, {VARIANTS[row['variant']]}",
+                columns,
+                [
+                    (layer["name"], layer["kind"], ", ".join(layer["nodes"]) or NONE)
+                    for layer in row["layer_table"]
+                ],
+            ),
+        )
+        for row in document["engines"]
+        if row["layer_table"]
+    ]
+
+
+def engine_title(engine: str, target: str) -> str:
+    """The title of a table in `engines`."""
+    return printable(f"{engine} {target}")
+
+
 def engines(document: Document) -> list[Table]:
     """One table for each engine and target, with the variants side by side."""
     targets = dict.fromkeys((row["engine"], row["target"]) for row in document["engines"])
     return [
         _engine(
-            f"{engine} {target}",
+            engine_title(engine, target),
             {
                 row["variant"]: row
                 for row in document["engines"]
@@ -307,7 +461,7 @@ def refusals(document: Document, limit: int | None = None) -> Table:
     left_out = len(ordered) - len(shown)
     note = f"{left_out} more reasons: 'optfuse explain' shows them all."
     notes = (note.replace("reasons", "reason") if left_out == 1 else note,) if left_out else ()
-    return table("Refused", columns, rows, empty="No pass refused a place.", notes=notes)
+    return table(REFUSED, columns, rows, empty="No pass refused a place.", notes=notes)
 
 
 def artifacts(document: Document) -> Table:
@@ -409,7 +563,8 @@ def _conditions(document: Document) -> list[str]:
     ]
 
 
-def _against_export(document: Document) -> list[Mapping[str, Any]]:
+def against_export(document: Document) -> list[Mapping[str, Any]]:
+    """What the optimized program gained over the export as it comes, a row for each engine."""
     return [
         row
         for row in document["speedups"]
@@ -427,10 +582,11 @@ def _speedup_sentence(row: Mapping[str, Any], drifts: Sequence[Mapping[str, Any]
         for drift in drifts
         if (drift["engine"], drift["variant"]) == (row["engine"], "optimized")
     )
-    return sentence + "".join(f"; drift {_drift_words(drift)}" for drift in own)
+    return sentence + "".join(f"; drift {drift_words(drift)}" for drift in own)
 
 
-def _drift_words(row: Mapping[str, Any]) -> str:
+def drift_words(row: Mapping[str, Any]) -> str:
+    """A row of the document's `drift` beside the export's own drift."""
     if row["ratio_to_baseline"] is not None:
         return f"{times(row['ratio_to_baseline'])} of the export's own"
     return f"{distance(row['relative_l2'])} (the export's own is zero or unknown)"

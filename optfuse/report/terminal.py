@@ -17,10 +17,13 @@ from rich.text import Text
 
 from optfuse.report import kinds, rows
 from optfuse.report.schema import step_document
-from optfuse.report.table import Column, Table, printable
+from optfuse.report.table import Column, Page, Table, printable
 from optfuse.stages import Report, Step
 
-_VERDICT_STYLES = {"faster": "green", "slower": "red", "undecided": "yellow"}
+_VERDICT_STYLES = {
+    **{"faster": "green", "slower": "red", "undecided": "yellow"},
+    **{"passed": "green", "failed": "red", "not compared": "yellow"},
+}
 _INDENT = 2
 _GAP = 2
 _FOLDED_WORD = 16
@@ -30,7 +33,15 @@ _FOLDED_WORD = 16
 def render(report: Report, console: Console) -> None:
     """Print a report of any kind."""
     document = report.document
-    page = kinds.page(document, brief=True)
+    render_page(kinds.page(document, brief=True), console)
+    console.print()
+    _print(console, rows.machine(document))
+    # Neither wrapped nor cut, so that it can be copied.
+    console.print(Text(f"$ {printable(document['command'])}"), soft_wrap=True)
+
+
+def render_page(page: Page, console: Console) -> None:
+    """Print a page: its sentences, then its tables."""
     for sentence in page.headline:
         _print(console, sentence)
     for warning in page.warnings:
@@ -39,10 +50,6 @@ def render(report: Report, console: Console) -> None:
         _print(console, line)
     for table in page.tables:
         _draw(console, table)
-    console.print()
-    _print(console, rows.machine(document))
-    # Neither wrapped nor cut, so that it can be copied.
-    console.print(Text(f"$ {printable(document['command'])}"), soft_wrap=True)
 
 
 def render_explain(explained: Report | Sequence[Step], console: Console) -> None:

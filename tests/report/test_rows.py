@@ -11,6 +11,7 @@ from optfuse.report.schema import Comparison, NotMeasured
 from optfuse.stages import Refused, Site, Step
 from optfuse.stats import Ratio
 from tests.report.example import STEPS, empty_report, full_report, hostile_report
+from tests.report.pages import illustrated_report, layers
 
 
 def test_the_headline_names_counts_ratio_interval_verdict_and_drift() -> None:
@@ -314,3 +315,80 @@ def test_counts_distances_and_sizes() -> None:
     ]
     assert [table.distance(n) for n in (1.24e-15, 0.0, None)] == ["1.2e-15", "0", "-"]
     assert [table.megabytes(n) for n in (28_012_345, 12, None)] == ["28.0", "<0.001", "-"]
+
+
+def test_ablation_shows_each_choice_of_passes_for_each_engine() -> None:
+    [found] = rows.ablation(illustrated_report().document)
+
+    assert found.title == "What each pass earned on onnxruntime"
+    assert [column.heading for column in found.columns] == [
+        *("passes", "operators", "times as fast", "verdict", "median ms", "relative L2"),
+        "same file as",
+    ]
+    assert found.rows[:4] == (
+        ("only fold_conv_bn", "139", "1.020x [1.016, 1.024]", "faster", "11.89", "-", "-"),
+        ("all but fold_conv_bn", "139", "0.970x [0.966, 0.974]", "slower", "12.50", "-", "-"),
+        ("up to fold_conv_bn", "139", "1.020x [1.016, 1.024]", "faster", "11.89", "-", "-"),
+        (
+            *("only elide_concat", "139", "1.000x [0.996, 1.004]", "undecided", "12.12", "-"),
+            "as exported",
+        ),
+    )
+
+
+def test_a_terminal_shows_an_ablation_without_what_is_for_a_plot() -> None:
+    [found] = rows.ablation(illustrated_report().document, brief=True)
+
+    assert len(found.columns) == 4
+    assert [row[0] for row in found.rows] == [
+        *("only fold_conv_bn", "all but fold_conv_bn", "only elide_concat"),
+        *("all but elide_concat", "only combine_parallel_convs", "all but combine_parallel_convs"),
+    ]
+
+
+def test_layers_are_all_there_in_the_order_they_run() -> None:
+    found = rows.layers(illustrated_report().document["layers"])
+
+    assert len(found.rows) == 40
+    assert found.rows[2] == ("conv_act_2", "conv_act", "inception3a.branch3.conv", "0", "0", "-")
+    assert found.rows[7] == (
+        *("conv_act_7 (suspect)", "conv_act", "inception3a.branch4.conv", "2.7e-05", "3.4e-07"),
+        "80.0",
+    )
+    assert found.rows[39][3:] == ("infinite", "-", "-")
+    assert found.notes == (
+        "conv_act_7 of inception3a.branch4.conv is the first layer to drift: it adds 80.0 times "
+        "the usual error.",
+        "On torch; the reference is the captured program in float64. A layer that adds more than "
+        "10 times the usual error is suspect.",
+    )
+
+
+def test_a_terminal_shows_the_suspect_and_the_worst_layers() -> None:
+    document = illustrated_report().document
+    brief = {each.title: each for each in rows.page(document, brief=True).tables}[rows.LAYERS]
+
+    assert [row[0] for row in brief.rows] == [
+        *("conv_act_7 (suspect)", "conv_act_36", "conv_act_37", "conv_act_38", "conv_act_39"),
+    ]
+    assert brief.notes[-1] == "35 layers that add less are not shown."
+    # A suspect that is not among the worst is shown all the same.
+    found = {**document["layers"], "suspect": "conv_act_0"}
+    assert [row[0] for row in rows.layers(found, 1).rows] == ["conv_act_0 (suspect)", "conv_act_39"]
+
+
+def test_a_report_without_layers_or_ablation_has_no_such_table() -> None:
+    titles = [each.title for each in rows.page(full_report().document).tables]
+
+    assert rows.LAYERS not in titles
+    assert not [title for title in titles if title.startswith("What each pass")]
+
+
+def test_layers_that_could_not_be_compared_are_said_so() -> None:
+    found = rows.page(illustrated_report(layers=layers(["x"], None)).document)
+    assert "No layer adds more than 10 times the usual error." in {
+        note for each in found.tables for note in each.notes
+    }
+    document = illustrated_report().document
+    none = rows.layers({**document["layers"], "rows": [], "suspect": None})
+    assert (none.rows, none.empty) == ((), "No layer could be compared.")
