@@ -76,17 +76,17 @@ def sha256(path: Path) -> str:
 
 def _explain(what: str, path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cause, step = "The disk is full", "Free some space, or choose another folder with --output"
+        cause, step = "The disk is full", "Free some space, or choose another place"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         cause = "It may not be written to"
-        step = "Choose a folder of your own with --output, or change its permissions"
+        step = "Choose a place of your own, or change its permissions"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         cause = "A file stands where a folder should be"
-        step = "Choose another folder with --output"
+        step = "Choose another place"
     elif error.errno == errno.EISDIR:
         cause = "A folder stands where a file should be"
-        step = "Choose another folder with --output"
+        step = "Choose another place"
     else:
         cause = error.strerror or str(error)
-        step = "Choose another folder with --output"
+        step = "Choose another place"
     return OutputError(f"{what} cannot be written to {path}", cause, step)

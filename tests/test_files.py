@@ -94,17 +94,17 @@ def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (errno.ENOSPC, "The disk is full.", "Free some space, or choose another folder with --output."),
-    (errno.EDQUOT, "The disk is full.", "Free some space, or choose another folder with --output."),
+    (errno.ENOSPC, "The disk is full.", "Free some space, or choose another place."),
+    (errno.EDQUOT, "The disk is full.", "Free some space, or choose another place."),
     *[
         (
             number,
             "It may not be written to.",
-            "Choose a folder of your own with --output, or change its permissions.",
+            "Choose a place of your own, or change its permissions.",
         )
         for number in (errno.EACCES, errno.EPERM, errno.EROFS)
     ],
-    (errno.EIO, "Input/output error.", "Choose another folder with --output."),
+    (errno.EIO, "Input/output error.", "Choose another place."),
 ]
 
 
@@ -149,7 +149,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path, below: str) -> None:
     with pytest.raises(OutputError) as raised, staged(tmp_path / "out" / below):
         pytest.fail("there is no folder to write in")
     assert raised.value.cause == "A file stands where a folder should be"
-    assert raised.value.next_step == "Choose another folder with --output"
+    assert raised.value.next_step == "Choose another place"
     assert (tmp_path / "out").read_text() == "I am a file"
 
 
@@ -166,7 +166,7 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
         write_text(tmp_path / ("x" * 300), "text")
     assert str(raised.value) == (
         f"The results cannot be written to {tmp_path}. File name too long. "
-        "Choose another folder with --output."
+        "Choose another place."
     )
 
 

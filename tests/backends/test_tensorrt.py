@@ -290,7 +290,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         RTX.build(source, SM_89, tmp_path / "file" / "engines")
     assert str(refused.value) == (
         f"The results cannot be written to {tmp_path / 'file' / 'engines'}. "
-        "A file stands where a folder should be. Choose another folder with --output."
+        "A file stands where a folder should be. Choose another place."
     )
 
 
