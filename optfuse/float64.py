@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +72,51 @@ def run_float64(
     """
     with _float64_by_default(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _run(graph_module, args, kwargs)
+        for node, result in _walk(graph_module, args, kwargs, widen=True):
+            if node.op == "output":
+                return pytree.tree_leaves(result)
+            del result  # or it would live on while the next node runs
+    raise AssertionError("a graph without an output")
+
+
+def run_stepwise(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    widen: bool,
+    seed: int = 0,
+    replace: Callable[[fx.Node, Any], Any] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Run the graph node by node, and give each node that computes something with its result.
+
+    Several of these can take turns: none sees another's random numbers or default dtype. What a
+    step gave is freed after its last use, unless the caller keeps it.
+
+    Args:
+        graph_module, args, kwargs: as `run_float64` takes them.
+        widen: in float64, as `run_float64` does; otherwise in the dtypes the graph has.
+        seed: for operators that draw random numbers.
+        replace: given each node and its result; what it returns is what later nodes read.
+
+    Yields:
+        Inputs, calls and, last, the output, each with what it gave by itself; constants are not
+        among them.
+    """
+    steps = _walk(graph_module, args, kwargs, widen=widen, replace=replace)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = torch.get_rng_state()
+    while True:
+        default = _float64_by_default() if widen else nullcontext()
+        with default, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(drawn)
+            step = next(steps, None)
+            drawn = torch.get_rng_state()
+        if step is None:
+            return
+        yield step
+        del step
 
 
 def call_float64(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -89,6 +133,17 @@ def call_float64(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The dtype that stands for `dtype` in a float64 run; integers and booleans stay."""
     return _WIDER.get(dtype, dtype)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run what is inside with that many of PyTorch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -143,30 +198,46 @@ def _distance_of_one(reference: Any, other: Any) -> float:
     return float(error / torch.linalg.vector_norm(reference / largest))
 
 
-def _run(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def _walk(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    widen: bool,
+    replace: Callable[[fx.Node, Any], Any] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node that is not a constant, with its result, each freed after its last use."""
     inputs = iter(flat_inputs(graph_module, args, kwargs))
     results: dict[fx.Node, Any] = {}
     last_used_by = _last_used_by(graph_module.graph)
 
     def load(node: fx.Node) -> Any:
         # Constants are widened where they are used, so that only one at a time is held twice.
-        return _constant(graph_module, node) if node.op == "get_attr" else results[node]
+        return _constant(graph_module, node, widen) if node.op == "get_attr" else results[node]
 
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            results[node] = _own_if_written(node, next(inputs))
+            results[node] = _own_if_written(node, next(inputs), widen)
         elif node.op == "output":
-            return pytree.tree_leaves(fx.node.map_arg(node.args[0], load))
+            results[node] = fx.node.map_arg(node.args[0], load)
         elif node.op == "call_function" and not is_call(node, ASSERT):
             node_args, node_kwargs = fx.node.map_arg((node.args, node.kwargs), load)
             # Picking one of a thousand results does not read the other ones.
             if is_call(node, operator.getitem):
                 results[node] = operator.getitem(*node_args)
-            else:
+            elif widen:
                 results[node] = _call(node.target, node_args, node_kwargs)
+            else:
+                results[node] = node.target(*node_args, **node_kwargs)
+            del node_args, node_kwargs
+        if node in results:
+            result = results[node]
+            if replace is not None:
+                results[node] = replace(node, result)
+            yield node, result
+            del result
         for used in (*last_used_by.get(node, ()), *([] if node.users else [node])):
             results.pop(used, None)
-    raise AssertionError("a graph without an output")
 
 
 def _last_used_by(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -181,20 +252,22 @@ def _last_used_by(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return freed
 
 
-def _constant(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+def _constant(graph_module: fx.GraphModule, node: fx.Node, widen: bool) -> Any:
     assert isinstance(node.target, str)
     found = attribute(graph_module, node.target)
     if isinstance(found, fx.GraphModule):
-        return _widened_branch(found)
-    return _own_if_written(node, found.detach()) if isinstance(found, torch.Tensor) else found
+        return _widened_branch(found) if widen else found
+    if isinstance(found, torch.Tensor):
+        return _own_if_written(node, found.detach(), widen)
+    return found
 
 
-def _own_if_written(node: fx.Node, found: Any) -> Any:
-    """The widened value of a constant or an input, copied where the graph writes to it: a proof
-    must change neither the model nor its inputs, even where the model's own forward does."""
+def _own_if_written(node: fx.Node, found: Any, widen: bool) -> Any:
+    """The value of a constant or an input, copied where the graph writes to it: a proof must
+    change neither the model nor its inputs, even where the model's own forward does."""
     if isinstance(found, torch.Tensor) and node.meta.get("written", True):
         found = found.clone()
-    return _widen(found)
+    return _widen(found) if widen else found
 
 
 def _widened_branch(branch: fx.GraphModule) -> fx.GraphModule:

@@ -1,7 +1,9 @@
 """Small helpers on an FX graph of functional ATen: read a node, and edit the graph around it.
 
-Every node carries a fake tensor in `meta["val"]` (its shape and dtype) and the names of the
-captured nodes it came from in `meta["origins"]`; `Edit` keeps both true.
+Every node carries a fake tensor in `meta["val"]` (its shape and dtype), in `meta["origins"]` the
+names of the captured nodes that went into it, and in `meta["equals"]` the names of those whose
+value it computes. `Edit` keeps the first two true; whoever moves users from one node to another
+keeps the third, with `take_over`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,13 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _pytree as fx_pytree
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ASSERT = torch.ops.aten._assert_tensor_metadata.default
+
+ONNX_LAYERS = "optfuse.layers"
+"""Key in an ONNX file's metadata under which our export writes down, as JSON, what its values stand
+for: `{value: {"equals": [...], "origins": [...]}}`, names of captured nodes as in a node's meta."""
 
 
 def operators(graph_module: fx.GraphModule) -> dict[str, int]:
@@ -51,9 +58,48 @@ def _kind_of(target: Any) -> str:
 
 def describe(node: fx.Node) -> str:
     """A node as a user recognises it: its name, and the module it came from where that is known."""
-    stack = node.meta.get("nn_module_stack")
-    path = list(stack.values())[-1][0] if stack else ""
+    path = module_path(node)
     return f"{node.name} ({path})" if path else node.name
+
+
+def module_path(node: fx.Node) -> str:
+    """The module whose forward made the node, e.g. `features.conv1`; empty where it is unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def origins(node: fx.Node) -> tuple[str, ...]:
+    """The names of every captured node that went into this one; its own in a captured graph."""
+    return tuple(node.meta.get("origins", (node.name,)))
+
+
+def equals(node: fx.Node) -> tuple[str, ...]:
+    """The names of the captured nodes whose value this one computes; its own in a captured graph.
+
+    Empty for what a pass added in between, e.g. a convolution that gives what three gave before.
+    """
+    return tuple(dict.fromkeys(node.meta.get("equals", (node.name,))))
+
+
+def take_over(new: fx.Node, old: fx.Node) -> None:
+    """Note that `new` computes the value of `old`, and so of every node that `old` stood for.
+
+    Nothing is noted where their shapes or dtypes differ: `new` then only keeps the place of `old`,
+    e.g. as a piece of a tensor that grew while those behind it, now in it, went away.
+    """
+    if _alike(value(new), value(old)):
+        # In place, since one node may stand for thousands; `copied` sees that nobody shares it.
+        new.meta.setdefault("equals", [new.name]).extend(equals(old))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other)
+    return (
+        one.dtype == other.dtype
+        and len(one.shape) == len(other.shape)
+        and all(statically_known_true(a == b) for a, b in zip(one.shape, other.shape, strict=True))
+    )
 
 
 def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
@@ -126,6 +172,9 @@ def copied(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     output = new.graph_copy(graph, {})
     new.output(output)
+    for node in new.nodes:
+        if "equals" in node.meta:
+            node.meta["equals"] = list(node.meta["equals"])
     # Not deep-copied: nothing writes to it, and torch warns about its own pytrees when copying.
     new._codegen = graph._codegen
     return new
@@ -166,10 +215,7 @@ class Edit:
     def before(self, anchor: fx.Node, replaced: Iterable[fx.Node]) -> None:
         """Put what is added from now on in front of `anchor`, as coming from `replaced`."""
         self._anchor = anchor
-        origins: dict[str, None] = {}
-        for node in replaced:
-            origins.update(dict.fromkeys(node.meta.get("origins", (node.name,))))
-        self._origins = tuple(origins)
+        self._origins = tuple(dict.fromkeys(name for node in replaced for name in origins(node)))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Add one operator call, with its shape and dtype worked out."""
@@ -219,7 +265,7 @@ class Edit:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self._anchor.meta:
                 node.meta[key] = self._anchor.meta[key]
-        node.meta["origins"] = self._origins
+        node.meta.update(origins=self._origins, equals=[])
         return node
 
     def _unused(self, name: str) -> str:
@@ -234,11 +280,12 @@ class Edit:
 
 
 def prepare(graph_module: fx.GraphModule) -> None:
-    """Give every node the metadata that `Edit` keeps true: `val`, `origins`, and `written` on
-    constants and inputs, whether the graph writes to them."""
+    """Give every node the metadata that passes keep true: `val`, `origins`, `equals`, and `written`
+    on constants and inputs, whether the graph writes to them."""
     fake_mode = _fake_mode_of(graph_module.graph)
     for node in graph_module.graph.nodes:
         node.meta.setdefault("origins", (node.name,))
+        node.meta.setdefault("equals", [node.name])
         if node.op not in ("get_attr", "placeholder"):
             continue
         node.meta["written"] = any(_writes_to(user, node) for user in node.users)

@@ -19,7 +19,16 @@ from torch import fx
 from optfuse import passes
 from optfuse.errors import ModelError, UsageError
 from optfuse.float64 import distance, random_inputs, run_float64
-from optfuse.graph import Edit, attribute, copied, describe, operators, own_what_is_written, prepare
+from optfuse.graph import (
+    Edit,
+    attribute,
+    copied,
+    describe,
+    operators,
+    own_what_is_written,
+    prepare,
+    take_over,
+)
 from optfuse.passes import Match, Pass, Refusal
 from optfuse.stages import Notify, Program, Refused, Site, Step, silent
 
@@ -338,6 +347,8 @@ class _EndlessError(Exception):
 def _rewrite(each: Pass, edit: Edit, match: Match) -> None:
     edit.before(match.nodes[match.anchor], match.nodes)
     replacements: Mapping[fx.Node, fx.Node] = each.rewrite(edit, match)
+    for old, new in replacements.items():
+        take_over(new, old)
     # Once a user and not once a replacement: a concat may take in a thousand branches.
     for user in dict.fromkeys(user for old in replacements for user in old.users):
         user.args, user.kwargs = fx.node.map_arg(

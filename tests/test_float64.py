@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from optfuse import float64
-from optfuse.float64 import call_float64, distance, random_inputs, run_float64, widened
+from optfuse.float64 import (
+    call_float64,
+    distance,
+    random_inputs,
+    run_float64,
+    run_stepwise,
+    torch_threads,
+    widened,
+)
 from tests.harness import captured, scramble
 
 INFINITE = float("inf")
@@ -274,6 +283,115 @@ def test_results_are_freed_after_their_last_use(monkeypatch: pytest.MonkeyPatch)
     run_float64(program.graph_module, program.example_args, {})
     # What is kept, what an operator reads and what it gives.
     assert most == 3
+
+
+def steps(
+    function: Callable[..., Any], *args: Any, widen: bool, seed: int = 0, replace: Any = None
+) -> list[tuple[str, Any]]:
+    """Name and result of every step of a run."""
+    program = captured(scramble(Calling(function)), *args)
+    run = run_stepwise(program.graph_module, args, {}, widen=widen, seed=seed, replace=replace)
+    return [(node.name, result) for node, result in run]
+
+
+def doubled(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return (linear(x) * 2).relu()
+
+
+def test_a_run_in_steps_gives_every_node_with_its_result() -> None:
+    x = numbers(2, 4)
+    found = steps(doubled, x, widen=False)
+    assert [name for name, _ in found] == ["args_0", "linear", "mul", "relu", "output"]
+    (given,) = found[-1][1]
+    assert torch.equal(given, scramble(Calling(doubled))(x)), "in its own precision"
+
+
+def test_a_run_in_steps_can_be_in_float64() -> None:
+    x = numbers(2, 4)
+    found = dict(steps(doubled, x, widen=True))
+    assert {found[name].dtype for name in ("args_0", "linear", "relu")} == {torch.float64}
+    # Exactly: the same operators on the same numbers.
+    assert torch.equal(found["output"][0], run(doubled, x)[0])
+
+
+def test_later_steps_read_what_a_result_is_replaced_with() -> None:
+    x = numbers(2, 4)
+
+    def replaced(node: Any, result: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(result, 3.0) if node.name == "linear" else result
+
+    found = dict(steps(doubled, x, widen=False, replace=replaced))
+    assert torch.equal(found["relu"], torch.full((2, 4), 6.0))
+    assert torch.equal(found["linear"], dict(steps(doubled, x, widen=False))["linear"]), (
+        "what a step gave by itself is told all the same"
+    )
+
+
+def test_runs_that_take_turns_do_not_see_each_other() -> None:
+    x = numbers(2, 4)
+    program = captured(scramble(Calling(random)), x)
+    before = torch.random.get_rng_state()
+    runs = [
+        run_stepwise(program.graph_module, (x,), {}, widen=widen, seed=5)
+        for widen in (True, False, False)
+    ]
+    for results in zip(*runs, strict=True):
+        wide, one, other = (pytree.tree_leaves(result) for _, result in results)
+        assert (wide[0].dtype, one[0].dtype) == (torch.float64, torch.float32)
+        assert torch.equal(one[0], other[0]), "they draw the same numbers"
+        assert torch.get_default_dtype() is torch.float32
+        assert torch.is_grad_enabled()
+    # Exactly: the same numbers are drawn as in a run of its own.
+    assert torch.equal(wide[0], run_float64(program.graph_module, (x,), {}, seed=5)[0])
+    assert torch.equal(torch.random.get_rng_state(), before), "a run must not move the caller's"
+
+
+@pytest.mark.parametrize("widen", [True, False])
+def test_a_run_in_steps_frees_what_it_gave(widen: bool) -> None:
+    class Chain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(20):
+                x = x.sigmoid()
+            return x
+
+    program = captured(Chain(), numbers(4))
+    given: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for node, result in run_stepwise(program.graph_module, (numbers(4),), {}, widen=widen):
+        if node.op != "placeholder":  # which is the caller's own
+            given += map(weakref.ref, pytree.tree_leaves(result))
+        del result
+        most = max(most, sum(each() is not None for each in given))
+    # What an operator reads and what it gives.
+    assert most == 2
+
+
+@pytest.mark.parametrize("widen", [True, False])
+def test_a_run_in_steps_writes_to_nothing_of_the_callers(widen: bool) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.tensor(3.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.add_(1)
+            x.mul_(2)
+            return x * self.seen
+
+    x = numbers(4)
+    program = captured(Counting(), x.clone())
+    for _ in run_stepwise(program.graph_module, (x,), {}, widen=widen):
+        pass
+    assert float(program.graph_module.seen) == 3.0
+    assert torch.equal(x, numbers(4))
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    # Set and not run with: two of them misbehave on some machines.
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_call_float64_reads_every_float_type_as_float64() -> None:

@@ -17,13 +17,17 @@ from optfuse.graph import (
     constant_of,
     copied,
     describe,
+    equals,
     flat_inputs,
     is_call,
     kind,
+    module_path,
     operators,
+    origins,
     placeholders,
     prepare,
     sole_user,
+    take_over,
     value,
     why_not_sole_user,
     written_memory,
@@ -223,6 +227,51 @@ def test_prepare_says_what_is_written_to_and_where_a_node_comes_from() -> None:
     assert node(graph_module, "mul").meta["origins"] == ("earlier",), "what is known stays"
 
 
+def test_a_captured_node_stands_for_itself() -> None:
+    graph_module = captured(Written(), numbers(1), numbers(1)).graph_module
+    assert all(equals(each) == origins(each) == (each.name,) for each in graph_module.graph.nodes)
+    take_over(node(graph_module, "mul"), node(graph_module, "x"))
+    prepare(graph_module)
+    assert equals(node(graph_module, "mul")) == ("mul", "x"), "what is known stays"
+
+
+def test_a_node_takes_over_what_another_stood_for() -> None:
+    graph_module = graph_of(lambda linear, x: linear(x).relu().sin(), numbers(4))
+    linear, relu, sin = (node(graph_module, name) for name in ("linear", "relu", "sin"))
+    take_over(relu, sin)
+    take_over(linear, relu)
+    assert equals(linear) == ("linear", "relu", "sin")
+    assert equals(relu) == ("relu", "sin")
+    take_over(linear, sin)
+    assert equals(linear) == ("linear", "relu", "sin"), "each of them once"
+
+
+def test_a_node_of_another_shape_or_dtype_takes_nothing_over() -> None:
+    graph_module = graph_of(lambda linear, x: (linear(x), x.sum(), x.double()), numbers(4))
+    linear = node(graph_module, "linear")
+    for name in ("sum_1", "_to_copy"):
+        take_over(linear, node(graph_module, name))
+    assert equals(linear) == ("linear",)
+
+
+def test_what_a_copy_takes_over_the_original_does_not_see() -> None:
+    graph_module = graph_of(lambda linear, x: linear(x).relu(), numbers(4))
+    before = {each.name: equals(each) for each in graph_module.graph.nodes}
+    new = copied(graph_module.graph)
+    by_name = {each.name: each for each in new.nodes}
+    take_over(by_name["linear"], by_name["relu"])
+    assert equals(by_name["linear"]) == ("linear", "relu")
+    assert {each.name: equals(each) for each in graph_module.graph.nodes} == before
+
+
+def test_a_node_knows_the_module_that_made_it() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU()))
+    graph_module = captured(scramble(net), numbers(3, 4)).graph_module
+    assert module_path(node(graph_module, "linear")) == "0"
+    assert module_path(node(graph_module, "relu")) == "1.0"
+    assert module_path(fx.Graph().placeholder("x")) == ""
+
+
 def test_written_memory_is_what_is_written_and_its_views() -> None:
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
@@ -262,6 +311,7 @@ def test_a_new_call_knows_its_shape_its_module_and_its_origins() -> None:
     assert new.kwargs == {"keepdim": True}
     assert (value(new).shape, value(new).dtype) == ((3, 1), torch.float32)
     assert new.meta["origins"] == ("linear", "relu")
+    assert equals(new) == (), "until somebody says what it stands for"
     assert describe(new) == "sum_1 (1.0)"
     assert new.next is relu
     edit.before(new, (new,))

@@ -13,7 +13,7 @@ from optfuse import passes
 from optfuse.capture import capture
 from optfuse.errors import ModelError, UsageError
 from optfuse.float64 import distance, run_float64
-from optfuse.graph import Edit, is_call, value
+from optfuse.graph import Edit, equals, is_call, value
 from optfuse.optimize import REWRITES_PER_NODE, optimize, select
 from optfuse.passes import ORDER, Match, Pass, Refusal
 from optfuse.stages import LoadedModel, Program, Step
@@ -661,6 +661,57 @@ def test_new_nodes_know_which_captured_nodes_they_came_from() -> None:
     assert origins["linear"] == ("linear",)
     assert origins["tanh_1"] == ("sigmoid",), "through two passes, back to what was captured"
     assert origins["mul"] == ("mul",)
+
+
+def stands_for(program: Program) -> dict[str, tuple[str, ...]]:
+    return {
+        node.name: equals(node)
+        for node in program.graph_module.graph.nodes
+        if node.op == "call_function"
+    }
+
+
+def test_new_nodes_stand_for_the_captured_node_they_replace() -> None:
+    after = optimize(small(), [sigmoid_to_tanh(), shifted_tanh()])
+    # What is in between gives what nothing gave before.
+    assert {name: names for name, names in stands_for(after).items() if names} == {
+        "linear": ("linear",),
+        "mul": ("mul",),
+        "div_1": ("sigmoid",),
+    }
+
+
+def test_whatever_a_pass_makes_of_it_a_captured_value_has_one_node() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 5, 1)
+    )
+    after = optimized(captured(scramble(module), numbers(2, 3, 6, 6)), "all")
+    # The dropout is gone (it was captured as a clone): what the activation gives is its value.
+    assert stands_for(after) == {"conv_act": ("relu", "clone"), "conv2d_1": ("conv2d_1",)}
+
+
+def test_branches_that_were_combined_are_told_apart() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    program = captured(scramble(Branches()), numbers(2, 3, 6, 6))
+    after = optimized(program, "combine_parallel_convs")
+    found = stands_for(after)
+    assert [names for names in found.values() if names] == [("conv2d",), ("conv2d_1",), ("cat",)]
+    # And one whole again: the convolution gives what the concat gave, not what a branch gave.
+    joined = stands_for(optimized(program, "combine_parallel_convs,elide_concat"))
+    assert list(joined.values()) == [("cat",)]
+
+
+def test_what_an_undone_pass_took_over_is_forgotten() -> None:
+    after = optimize(small(), [scaling("wrong", 1.5)])
+    assert [step.undone for step in after.trace if step.undone]
+    assert all(names == (name,) for name, names in stands_for(after).items())
 
 
 def shifted_tanh() -> Rewriting:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from optfuse.cli.application import INTERRUPTED, app
 
-from optfuse.cli import optimize, bench, check, report, explain, listings  # isort: skip
+from optfuse.cli import optimize, bench, diff, check, report, explain, listings  # isort: skip
 
 __all__ = [
     "INTERRUPTED",
     "app",
     "bench",
     "check",
+    "diff",
     "explain",
     "listings",
     "main",
