@@ -1,13 +1,18 @@
-"""How much memory a model takes on its way to ONNX, as a multiple of its parameters.
+"""How much memory a model takes on its way through optfuse, as a multiple of its parameters.
 
     python -m benchmarks.peak_memory [MEGABYTES]
 
 Builds a model with about MEGABYTES (default 400) of parameters, in convolutions with batch norms,
-parallel 1x1 convolutions and linear layers, on inputs so small that activations hardly count. In a
-child process, after a tiny model has gone the same way (imports and caches don't count), it prints
-for one forward, for capture, for all passes with their proofs and for the export the highest
-resident memory of that stage, and last the multiple: what the whole way needed, the model's own
-parameters included and what one forward takes in passing taken off, over the parameters' bytes.
+parallel 1x1 convolutions and linear layers, on inputs so small that activations hardly count. It is
+measured in child processes, each after a tiny model has gone the same way: imports and caches don't
+count.
+
+The first one prints for one forward, for capture, for all passes with their proofs and for the
+export the highest resident memory of that stage, and last the multiple: what the whole way needed,
+the model's own parameters included and what one forward takes in passing taken off, over the
+parameters' bytes. Each of the others does all that `optfuse optimize` does, from the source to the
+report, with other engines, and prints the same multiple with nothing taken off.
+
 Linux only: it reads /proc/self/status.
 """
 
@@ -26,14 +31,30 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from optfuse import pipeline
 from optfuse.capture import capture
 from optfuse.export import export
 from optfuse.optimize import optimize, select
-from optfuse.stages import LoadedModel, Program
+from optfuse.stages import LoadedModel, Program, Source
 
 MEGABYTES = 400
 GOAL = 4.0
 BLOCKS = 6
+TINY_MEGABYTES = 0.1
+SECONDS = 1.0
+"""For latency: the memory it takes does not grow with the time."""
+ENGINES = ("torch", "onnxruntime", "torch,onnxruntime")
+
+SOURCE = """
+import torch
+from benchmarks.peak_memory import Heavy
+
+def build():
+    return Heavy({width})
+
+def example_inputs():
+    return (torch.randn(1, {width}, 4, 4),)
+"""
 
 Result = TypeVar("Result")
 
@@ -64,9 +85,14 @@ class Heavy(nn.Module):
         return logits
 
 
+def width_of(megabytes: float) -> int:
+    """The width that gives a model about that many megabytes of parameters."""
+    return int((megabytes * 1e6 / 4 / (BLOCKS * 9 + 2 + 4)) ** 0.5)
+
+
 def build(megabytes: float) -> LoadedModel:
     """A model with about that many megabytes of parameters."""
-    width = int((megabytes * 1e6 / 4 / (BLOCKS * 9 + 2 + 4)) ** 0.5)
+    width = width_of(megabytes)
     return LoadedModel("heavy", Heavy(width).eval(), (torch.randn(1, width, 4, 4),))
 
 
@@ -97,12 +123,12 @@ def to_onnx(model: LoadedModel, folder: Path) -> None:
     export(optimize(capture(model), select("all")), folder / "warm.onnx")
 
 
-def child(megabytes: float) -> None:
-    """Measure in this process."""
+def stages(megabytes: float) -> None:
+    """Measure stage by stage, in this process."""
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
-        to_onnx(build(0.1), folder)
+        to_onnx(build(TINY_MEGABYTES), folder)
         gc.collect()
         before = resident("VmRSS")
         model = build(megabytes)
@@ -117,17 +143,56 @@ def child(megabytes: float) -> None:
         _, exported = highest("export", lambda: export(faster, folder / "model.onnx"))
     passing = forward - built
     multiple = (max(captured, optimized, exported) - before - passing) / parameters
-    print(f"{'multiple of the parameters':<28}{multiple:>10.2f}   (goal: at most {GOAL})")
+    print_multiple(multiple)
+
+
+def optimize_command(megabytes: float, engines: str, folder: Path) -> pipeline.Outcome:
+    """What `optfuse optimize --threads 1` does with a model of that size."""
+    source = folder / f"heavy_{megabytes:.0f}.py"
+    source.write_text(SOURCE.format(width=width_of(megabytes)))
+    request = pipeline.Request(
+        Source(f"{source}:build"),
+        output=folder / source.stem,
+        engines=tuple(engines.split(",")),
+        duration_seconds=SECONDS,
+    )
+    outcome = pipeline.run(request)
+    assert not outcome.failures
+    return outcome
+
+
+def command(megabytes: float, engines: str) -> None:
+    """Measure the whole command with these engines, in this process."""
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        optimize_command(TINY_MEGABYTES, engines, Path(name))
+        gc.collect()
+        before = resident("VmRSS")
+        outcome, peak = highest(
+            f"optimize {engines}", lambda: optimize_command(megabytes, engines, Path(name))
+        )
+    parameters = outcome.report.document["program"]["parameters_before"] * 4 / 1e6
+    print_multiple((peak - before) / parameters)
+
+
+def print_multiple(multiple: float) -> None:
+    """Beside what it ought to be."""
+    print(
+        f"{'multiple of the parameters':<28}{multiple:>10.2f}   (goal: at most {GOAL})", flush=True
+    )
 
 
 def main(megabytes: float) -> None:
-    """Measure in a child process, whose memory nothing else has touched."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", "--child", str(megabytes)]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    """Measure in child processes, whose memory nothing else has touched."""
+    for engines in ("", *ENGINES):
+        arguments = ["--child", str(megabytes), *filter(None, [engines])]
+        child = [sys.executable, "-m", "benchmarks.peak_memory", *arguments]
+        subprocess.run(child, check=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(float(sys.argv[2]))
+        size = float(sys.argv[2])
+        command(size, sys.argv[3]) if len(sys.argv) > 3 else stages(size)
     else:
         main(float(sys.argv[1]) if len(sys.argv) > 1 else MEGABYTES)

@@ -328,8 +328,9 @@ class LayerDrift:
         relative_l2: its distance to the reference.
         own_relative_l2: the distance of the unchanged program's result, in the model's own
             precision, to the same reference; None where there is none to compare with.
-        growth: relative_l2 over the largest of own_relative_l2 and the relative_l2 of the layers
-            it takes its inputs from; None where there is nothing to divide by.
+        growth: how many times the usual error it adds: its own error when it is fed with the
+            reference's values, over that of the unchanged program's layer fed alike; None where
+            there is nothing to divide by.
     """
 
     name: str

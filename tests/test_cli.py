@@ -23,6 +23,7 @@ from optfuse import backends, passes
 from optfuse.cli import app
 from optfuse.passes.fold_conv_bn import FoldConvBn
 from optfuse.report import schema
+from optfuse.stages import Caveat
 
 MODEL = """
 import torch
@@ -111,6 +112,59 @@ def test_a_run_leaves_the_files_that_the_report_lists(folder: Path) -> None:
     assert {artifact["path"] for artifact in report["artifacts"]} == {"baseline.onnx", "model.onnx"}
     assert "optimized" in result.stdout
     assert "net_of_cli_tests" in (folder / "results" / "report.md").read_text()
+
+
+def test_ablate_measures_each_pass_and_every_run_compares_the_layers(folder: Path) -> None:
+    result = optimized(
+        *("net_of_cli_tests.py:build", "--output", "results", "--ablate", "--duration", "1"),
+        *("--threads", "1", "--passes", "fold_conv_bn,combine_parallel_convs"),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = schema.parse((folder / "results" / "report.json").read_text()).document
+    assert [(row["how"], row["pass"]) for row in report["ablation"]] == [
+        (how, name)
+        for how in ("up_to", "alone", "without")
+        for name in ("fold_conv_bn", "combine_parallel_convs")
+    ]
+    assert all(row["relative_l2"] is not None for row in report["ablation"])
+    # What the first pass leaves is what it leaves alone, and what leaving the second out leaves.
+    programs = {(row["how"], row["pass"]): row["same_as"] for row in report["ablation"]}
+    assert programs["alone", "fold_conv_bn"] == "up_to fold_conv_bn"
+    assert programs["without", "combine_parallel_convs"] == "up_to fold_conv_bn"
+    assert "What each pass earned on onnxruntime" in result.stdout
+    assert report["layers"]["suspect"] is None
+    # A float32 layer adds what rounding adds: far below the limit on a model this small.
+    assert max(row["growth"] or 0 for row in report["layers"]["rows"]) < report["layers"]["limit"]
+    # The combined convolution computes nothing that the model does; its two parts do.
+    kinds = [each["kind"] for each in report["layers"]["rows"]]
+    assert (kinds.count("conv2d"), kinds.count("getitem")) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--duration", "0"), "There is no time to measure in (--duration 0)."),
+        (("--passes", "none", "--duration", "1"), "No pass is selected."),
+    ],
+)
+def test_ablate_needs_time_and_passes(folder: Path, arguments: tuple[str, ...], cause: str) -> None:
+    result = optimized("net_of_cli_tests.py:build", "--ablate", *arguments)
+    assert_refused(result, 2, "What each pass earned cannot be measured.", cause)
+
+
+def test_what_makes_a_latency_doubtful_is_in_the_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubtful(measurements: Any, before: Any, after: Any, **options: Any) -> list[Caveat]:
+        assert after.taken_seconds > before.taken_seconds
+        assert options["threads"] == 1
+        assert {each.variant for each in measurements} == {"baseline", "control", "optimized"}
+        return [Caveat("busy", "this machine", "It was busy", "Others ran", "Stop them")]
+
+    monkeypatch.setattr("optfuse.pipeline.diagnose", doubtful)
+    result = optimized("net_of_cli_tests.py:build", "--duration", "0.5", "--threads", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "WARNING: this machine: It was busy. Others ran. Stop them." in result.stdout
 
 
 def test_the_default_folder_is_named_after_the_model(folder: Path) -> None:

@@ -1,7 +1,11 @@
-"""What the pipeline makes of its findings: which way round a ratio is, and whose drift is whose."""
+"""What the pipeline makes of its findings: which way round a ratio is, whose drift is whose, and
+what is open and held at the same time."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,10 +13,38 @@ import pytest
 import torch
 from torch import nn
 
-from optfuse import pipeline, stats
-from optfuse.backends import Session
-from optfuse.stages import Measurement, Variant, silent
+from optfuse import backends, pipeline, stats
+from optfuse.backends import Backend, Session, onnx_runtime, torch_eager
+from optfuse.errors import EngineError
+from optfuse.report import rows
+from optfuse.stages import LoadedModel, Measurement, Program, Source, Variant, silent
 from tests.harness import captured
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, image):
+        return self.last(torch.relu(self.norm(self.stem(image))))
+
+
+def build():
+    return Net()
+
+
+def example_inputs():
+    return (torch.randn(1, 3, 8, 8),)
+"""
 
 
 def measured(engine: str, variant: Variant, milliseconds: float) -> Measurement:
@@ -61,22 +93,257 @@ def opened(variant: Variant, output: torch.Tensor) -> tuple[str, Variant, Sessio
     return "torch", variant, cast(Session, cast(Any, Giving(output)))
 
 
-def test_each_drift_is_of_its_own_variant_against_float64() -> None:
-    class Tripling(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * 3
+class Tripling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3
 
+
+TORCH = backends.get("torch")
+
+
+def test_each_drift_is_of_its_own_variant_against_float64() -> None:
     x = torch.linspace(1, 2, 8)
     exact = x.double() * 3
-    found = pipeline._Findings(Path(), artifacts=[])
+    found = pipeline._Findings(Path())
     sessions = [
         opened("baseline", exact * 1.01),
         opened("control", exact * 1.5),
         opened("optimized", exact * 1.04),
     ]
-    pipeline._compare_all(captured(Tripling(), x), sessions, found, silent)
+    reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
+    pipeline._compare_all(sessions, reference, found)
     # Every output is scaled, so the relative distance is the scale's own; 1e-12 is rounding.
     assert {each.variant: each.relative_l2 for each in found.drifts} == {
         "baseline": pytest.approx(0.01, rel=1e-12),
         "optimized": pytest.approx(0.04, rel=1e-12),
     }
+
+
+def test_without_float64_there_is_no_drift_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("not in float64")
+
+    monkeypatch.setattr(pipeline, "run_float64", fails)
+    x = torch.linspace(1, 2, 8)
+    found = pipeline._Findings(Path())
+    reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
+    pipeline._compare_all([opened("optimized", x)], reference, found)
+    assert found.drifts == []
+    [failure] = found.failures
+    assert failure.cause == "It does not run in float64: RuntimeError"
+
+
+class Builder:
+    """An engine that builds here and runs elsewhere."""
+
+    name = "builder"
+    consumes = "onnx"
+    builds = True
+
+    def cannot_run(self) -> str | None:
+        return "no GPU"
+
+
+BUILDER = cast(Backend, cast(Any, Builder()))
+
+
+def test_nothing_is_run_in_float64_for_engines_that_only_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(pipeline, "run_float64")
+    program = captured(Tripling(), torch.linspace(1, 2, 8))
+    assert pipeline._reference(program, [BUILDER], pipeline._Findings(Path()), silent) is None
+
+
+def test_the_time_is_divided_among_the_turns_that_can_run() -> None:
+    request = pipeline.Request(Source("net.py:build"), duration_seconds=6.0)
+    onnxruntime = backends.get("onnxruntime")
+    assert pipeline._seconds_of_each([[TORCH], [BUILDER], [onnxruntime]], request) == 3.0
+    assert pipeline._seconds_of_each([[TORCH, BUILDER, onnxruntime]], request) == 6.0
+    assert pipeline._seconds_of_each([[BUILDER]], request) == 6.0
+
+
+class Watched:
+    """What happened in one run of the pipeline: sessions, and whatever of the programs was alive
+    when each was opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.alive_at: dict[str, int] = {}
+        self.measured: list[tuple[float, list[str], int]] = []
+        self._held: list[weakref.ref[Any]] = []
+        for name, backend, session in (
+            ("torch", torch_eager.BACKEND, torch_eager.TorchEagerSession),
+            ("onnxruntime", onnx_runtime.CPU_BACKEND, onnx_runtime.OnnxRuntimeSession),
+        ):
+            monkeypatch.setattr(backend, "open", self._opening(name, backend.open))
+            monkeypatch.setattr(session, "__exit__", self._closing(name, session.__exit__))
+        for name in ("load", "capture", "optimize"):
+            monkeypatch.setattr(pipeline, name, self._holding(vars(pipeline)[name]))
+        monkeypatch.setattr(pipeline, "measure", self._measuring(vars(pipeline)["measure"]))
+
+    def _opening(self, name: str, really: Any) -> Any:
+        def open_(*arguments: Any) -> Any:
+            self.events.append(f"open {name}")
+            self.alive_at[name] = sum(each() is not None for each in self._held)
+            return really(*arguments)
+
+        return open_
+
+    def _closing(self, name: str, really: Any) -> Any:
+        def exit_(session: Any, *error: Any) -> Any:
+            self.events.append(f"close {name}")
+            return really(session, *error)
+
+        return exit_
+
+    def _holding(self, really: Any) -> Any:
+        def give(*arguments: Any, **options: Any) -> LoadedModel | Program:
+            given: LoadedModel | Program = really(*arguments, **options)
+            module = given.module if isinstance(given, LoadedModel) else given.graph_module
+            self._held += [weakref.ref(each) for each in (module, *module.parameters())]
+            return given
+
+        return give
+
+    def _measuring(self, really: Any) -> Any:
+        def measure(sessions: Sequence[tuple[str, str, Session]], **options: Any) -> Any:
+            names = [f"{engine} {variant}" for engine, variant, _ in sessions]
+            different = len({id(session) for _, _, session in sessions})
+            self.measured.append((options["schedule"].budget_seconds, names, different))
+            # Rounds as short as they can be: their number is what a ratio needs.
+            quick = replace(options.pop("schedule"), block_ms=1.0, warmup_ms=1.0)
+            return really(sessions, schedule=quick, **options)
+
+        return measure
+
+
+VARIANTS = ("baseline", "control", "optimized")
+
+
+def request(folder: Path, *engines: str, duration_seconds: float = 0.5) -> pipeline.Request:
+    source = folder / "net_of_pipeline_tests.py"
+    source.write_text(MODEL)
+    return pipeline.Request(
+        Source(f"{source}:build"),
+        output=folder / "out",
+        engines=engines,
+        duration_seconds=duration_seconds,
+    )
+
+
+def test_engines_take_turns_with_a_large_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    watched = Watched(monkeypatch)
+    # Asked for last, and first all the same: it runs the programs, which can go after it.
+    outcome = pipeline.run(request(tmp_path, "onnxruntime", "torch"))
+    document = outcome.report.document
+    assert outcome.failures == ()
+    assert watched.events == [
+        *("open torch", "open torch", "close torch", "close torch"),
+        *("open onnxruntime", "open onnxruntime", "close onnxruntime", "close onnxruntime"),
+    ]
+    # Of two sessions three are measured: the control is the export as it comes once more.
+    assert watched.measured == [
+        (0.25, [f"{engine} {variant}" for variant in VARIANTS], 2)
+        for engine in ("torch", "onnxruntime")
+    ]
+    assert document["settings"]["interleaved"] == [["torch"], ["onnxruntime"]]
+    drifts = {(row["engine"], row["variant"]) for row in document["drift"]}
+    assert drifts == {(e, v) for e in ("torch", "onnxruntime") for v in ("baseline", "optimized")}
+    compared = [(row["engine"], row["against_engine"]) for row in document["speedups"]]
+    assert compared == [("torch", "torch"), ("onnxruntime", "onnxruntime")]
+    assert [row["engine"] for row in document["noise_floors"]] == ["torch", "onnxruntime"]
+    assert rows.not_measured(document) == [
+        "onnxruntime against torch not measured: with 0 MB of parameters the engines took turns to "
+        "save memory, and only runs that were interleaved are compared"
+    ]
+
+
+def test_a_large_model_is_let_go_before_an_engine_opens_that_runs_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    watched = Watched(monkeypatch)
+    pipeline.run(request(tmp_path, "torch", "onnxruntime", duration_seconds=0))
+    assert watched.alive_at["torch"] > 0
+    # The model, both programs, and the parameters of all three.
+    assert watched.alive_at["onnxruntime"] == 0
+
+
+def test_everything_is_open_at_once_with_a_model_that_is_not_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    document = pipeline.run(request(tmp_path, "onnxruntime", "torch")).report.document
+    engines = ("onnxruntime", "torch")
+    # Closed in reverse, as with-blocks are.
+    opens = [f"open {engine}" for engine in engines for _ in VARIANTS]
+    closes = [f"close {engine}" for engine in reversed(engines) for _ in VARIANTS]
+    assert watched.events == [*opens, *closes]
+    names = [f"{engine} {variant}" for engine in engines for variant in VARIANTS]
+    assert watched.measured == [(0.5, names, 6)]
+    assert document["settings"]["interleaved"] == [["onnxruntime", "torch"]]
+    compared = [(row["engine"], row["against_engine"]) for row in document["speedups"]]
+    assert compared == [
+        ("onnxruntime", "onnxruntime"),
+        ("onnxruntime", "torch"),
+        ("torch", "torch"),
+    ]
+    assert document["not_measured"] == []
+
+
+def test_an_engine_that_fails_in_its_turn_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise EngineError("It cannot start", "Out of memory", "Free some memory")
+
+    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    Watched(monkeypatch)
+    monkeypatch.setattr(torch_eager.BACKEND, "open", fails)
+    outcome = pipeline.run(request(tmp_path, "torch", "onnxruntime"))
+    document = outcome.report.document
+    assert [failure.cause for failure in outcome.failures] == ["Out of memory"]
+    assert {row["engine"] for row in document["latency"]} == {"onnxruntime"}
+    # Nothing is missing that interleaving would have given.
+    assert rows.not_measured(document) == ["torch not measured: it failed: Out of memory"]
+
+
+@pytest.fixture
+def settings_of_malloc(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What glibc is told from now on, instead of telling it."""
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(pipeline, "_glibc", lambda *call: told.append(call))
+    return told
+
+
+def test_malloc_is_as_it_was_after_a_large_model_even_where_that_failed(
+    settings_of_malloc: list[tuple[Any, ...]],
+) -> None:
+    def fail_inside() -> None:
+        with pipeline._freed_at_once(pipeline.LARGE_BYTES):
+            assert settings_of_malloc == [("mallopt", -3, 256 * 1024)]
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    # The upper limits that mallopt(3) gives for a 64-bit system, and the ratio of the two.
+    limits = [("mallopt", -3, 32 * 1024**2), ("mallopt", -1, 64 * 1024**2)]
+    assert settings_of_malloc[1:] == limits
+
+
+def test_malloc_is_left_alone_with_a_model_that_is_not_large(
+    settings_of_malloc: list[tuple[Any, ...]],
+) -> None:
+    with pipeline._freed_at_once(pipeline.LARGE_BYTES - 1):
+        pass
+    assert settings_of_malloc == []
+
+
+def test_a_function_that_the_c_library_does_not_have_is_not_missed() -> None:
+    pipeline._glibc("no_such_function_of_any_c_library", 1)

@@ -60,6 +60,10 @@ def optimize(
         float,
         typer.Option(min=0, metavar="SECONDS", help="How long to measure latency; 0 for not."),
     ] = 15.0,
+    ablate: Annotated[
+        bool,
+        typer.Option("--ablate", help="Measure also what each pass earns, alone and left out."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 5 where a pass had to be undone.")
     ] = False,
@@ -84,6 +88,7 @@ def optimize(
                 targets=split(target),
                 threads=threads or available_threads(),
                 duration_seconds=duration,
+                ablate=ablate,
                 strict=strict,
                 command=("optfuse", *sys.argv[1:]),
             ),
