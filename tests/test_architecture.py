@@ -32,7 +32,7 @@ LEVELS = (
     ("weights",),
     (
         *("graph", "convolution", "routing", "activations", "conv_act", "cost", "float64"),
-        *("onnx_cost", "fingerprint", "stats", "environment", "files"),
+        *("kernels", "sums", "onnx_cost", "fingerprint", "stats", "environment", "files"),
     ),
     ("stages",),
     ("errors", "version"),

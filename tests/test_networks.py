@@ -49,26 +49,17 @@ NETWORKS = {
         },
     ),
     "squeezenet": Expected((26, 26), (0, 0), {"eliminate_identity": 1, "fuse_conv_activation": 26}),
-    # The first block's shortcut reads what its first convolution reads, with stride 1 alone there.
+    # The first block's shortcut reads what its first convolution reads, with stride 1 there alone;
+    # but the one takes in a sum and the other a ReLU.
     "resnet50": Expected(
-        (53, 52),
+        (53, 53),
         (53, 0),
-        {
-            "eliminate_identity": 1,
-            "fold_conv_bn": 53,
-            "combine_parallel_convs": 1,
-            "fuse_conv_activation": 48,
-        },
+        {"eliminate_identity": 1, "fold_conv_bn": 53, "fuse_conv_activation": 49},
     ),
     "resnext50": Expected(
-        (53, 52),
+        (53, 53),
         (53, 0),
-        {
-            "eliminate_identity": 1,
-            "fold_conv_bn": 53,
-            "combine_parallel_convs": 1,
-            "fuse_conv_activation": 48,
-        },
+        {"eliminate_identity": 1, "fold_conv_bn": 53, "fuse_conv_activation": 49},
     ),
     # A dense layer normalises what others read too: those batch norms have no convolution of
     # their own to go into.
@@ -92,11 +83,15 @@ NETWORKS = {
         (49, 0),
         {"eliminate_identity": 1, "fold_conv_bn": 49, "fuse_conv_activation": 65},
     ),
-    # The identity branches' batch norms stand on no convolution.
     "repvgg_a0": Expected(
-        (44, 44),
-        (61, 17),
-        {"eliminate_identity": 1, "fold_conv_bn": 44, "fuse_conv_activation": 5},
+        (44, 22),
+        (61, 0),
+        {
+            "eliminate_identity": 1,
+            "fold_conv_bn": 44,
+            "merge_branches": 22,
+            "fuse_conv_activation": 22,
+        },
     ),
     "unet": Expected((23, 23), (22, 0), {"fold_conv_bn": 22, "fuse_conv_activation": 18}),
     "yolo_neck": Expected(
@@ -143,3 +138,14 @@ def test_partial_convolutions_take_the_concats_out_of_squeezenet() -> None:
     # Six of the eight fire modules feed a 1x1 convolution alone; two feed a pooling.
     assert counts(before)["cat"] - counts(after)["cat"] == 6
     assert_same_function(before, after, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50"])
+def test_resnets_say_why_the_first_shortcut_stays_apart(name: str) -> None:
+    network = importlib.import_module(f"models.{name}")
+    after = optimized(captured(network.build(), *network.example_inputs()), "all")
+    first, *strided = reasons(after, "combine_parallel_convs")
+    assert first.startswith("relu of a sum follows it and relu follows ")
+    assert first.endswith(" on the same tensor; behind a split that would not be fused")
+    assert len(strided) == 3
+    assert all(reason.startswith("its stride is not that of ") for reason in strided)

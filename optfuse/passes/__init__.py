@@ -24,12 +24,14 @@ ORDER = (
     "fold_constants",
     "eliminate_common_subexpressions",
     "fold_conv_bn",
+    "merge_branches",
     "combine_parallel_convs",
     "elide_concat",
     "fuse_conv_activation",
 )
-"""First what has no effect, then constants, so that folding sees plain convolutions; combining
-before fusing, so that branches with and without an activation can be combined alike."""
+"""First what has no effect, then constants, so that folding sees plain convolutions, and merging
+sees batch norms only where they stand on none; combining before fusing, so that branches with and
+without an activation can be combined alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

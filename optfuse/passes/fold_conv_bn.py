@@ -25,7 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from optfuse.convolution import Convolution, convolution_of
+from optfuse.convolution import (
+    ARITHMETIC,
+    BATCH_NORM,
+    Affine,
+    Convolution,
+    arithmetic_affine,
+    batch_norm_affine,
+    convolution_of,
+)
 from optfuse.graph import (
     Edit,
     arguments,
@@ -41,37 +49,11 @@ from optfuse.passes import Match, Pass, Refusal
 
 aten = torch.ops.aten
 
-_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _TRAINING = (
     aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit.default,
     aten._native_batch_norm_legit_functional.default,
 )
-_REVERSED = (aten.rsub.Tensor, aten.rsub.Scalar)
-_ARITHMETIC = {
-    aten.mul.Tensor: operator.mul,
-    aten.mul.Scalar: operator.mul,
-    aten.div.Tensor: operator.truediv,
-    aten.div.Scalar: operator.truediv,
-    aten.add.Tensor: operator.add,
-    aten.add.Scalar: operator.add,
-    aten.sub.Tensor: operator.sub,
-    aten.sub.Scalar: operator.sub,
-    **dict.fromkeys(_REVERSED, operator.sub),
-}
-
-
-@dataclass(frozen=True)
-class Affine:
-    """y -> scale * y + shift, in float64, one number a channel: shape (channels,)."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def part(self, start: int, size: int) -> Affine:
-        """The same for `size` channels from `start` on."""
-        chosen = slice(start, start + size)
-        return Affine(self.scale[chosen], self.shift[chosen])
 
 
 @dataclass(frozen=True)
@@ -108,9 +90,9 @@ class FoldConvBn(Pass):
         """Called at the batch norm or at the arithmetic behind the convolution."""
         if is_call(node, *_TRAINING):
             return _refuse_training(node)
-        if is_call(node, _BATCH_NORM):
+        if is_call(node, BATCH_NORM):
             return _match_batch_norm(node)
-        if is_call(node, *_ARITHMETIC):
+        if is_call(node, *ARITHMETIC):
             return _match_arithmetic(node)
         return None
 
@@ -153,38 +135,18 @@ def _match_batch_norm(node: fx.Node) -> Match | Refusal | None:
             return None
     elif convolution_of(source) is None:
         return None
-    affine = _batch_norm_affine(bound)
-    if isinstance(affine, Refusal):
-        return affine
+    affine = batch_norm_affine(node)
+    if isinstance(affine, str):
+        return Refusal(affine)
     if is_call(source, aten.cat.default):
         return _fold_branches(source, node, picked, affine)
     return _fold_one(source, node, picked, affine)
 
 
-def _batch_norm_affine(bound: Mapping[str, object]) -> Affine | Refusal:
-    mean, var = constant_of(bound["running_mean"]), constant_of(bound["running_var"])
-    if mean is None or var is None:
-        return Refusal("the batch norm's statistics are not constants")
-    gamma, beta = constant_of(bound["weight"]), constant_of(bound["bias"])
-    if (bound["weight"] is not None and gamma is None) or (
-        bound["bias"] is not None and beta is None
-    ):
-        return Refusal("the batch norm's weight or bias is not a constant")
-    eps = bound["eps"]
-    assert isinstance(eps, float)
-    scale = torch.rsqrt(var.double() + eps)
-    if gamma is not None:
-        scale = scale * gamma.double()
-    shift = -mean.double() * scale
-    if beta is not None:
-        shift = shift + beta.double()
-    return Affine(scale, shift)
-
-
 def _fold_one(source: fx.Node, user: fx.Node, result: fx.Node, affine: Affine) -> Fold | Refusal:
     convolution = convolution_of(source)
     assert convolution is not None
-    if is_call(user, _BATCH_NORM):
+    if is_call(user, BATCH_NORM):
         misplaced = _refuse_other_dimension(convolution)
         if misplaced is not None:
             return misplaced
@@ -278,64 +240,17 @@ def _fold_into(convolution: Convolution, user: fx.Node, affine: Affine) -> Folde
 
 
 def _match_arithmetic(node: fx.Node) -> Match | Refusal | None:
-    operands = list(node.args[:2])
-    sources = [operand for operand in operands if convolution_of(operand) is not None]
+    sources = [operand for operand in node.args[:2] if convolution_of(operand) is not None]
     if len(sources) != 1:
         return None
     source = sources[0]
     assert isinstance(source, fx.Node)
-    other = operands[1 - operands.index(source)]
-    constant = (
-        torch.tensor(other, dtype=torch.float64)
-        if isinstance(other, (int, float)) and not isinstance(other, bool)
-        else constant_of(other)
-    )
-    if constant is None or constant.is_complex() or constant.dtype is torch.bool:
-        return None
-    if value(node).dtype != value(source).dtype:
-        return Refusal(f"the {kind(node)} changes the dtype")
     convolution = convolution_of(source)
     assert convolution is not None
-    per_channel = _per_channel(constant.double(), source, convolution)
-    if per_channel is None:
-        return Refusal(f"the constant of {kind(node)} does not have one number a channel")
-    constant_first = (operands[0] is not source) != (node.target in _REVERSED)
-    affine = _arithmetic_affine(node, per_channel, constant_first=constant_first)
-    if affine is None:
-        return Refusal("a constant divided by the convolution's result is not linear")
-    return _fold_one(source, node, node, affine)
-
-
-def _arithmetic_affine(
-    node: fx.Node, constant: torch.Tensor, *, constant_first: bool
-) -> Affine | None:
-    combine = _ARITHMETIC[node.target]  # type: ignore[index]
-    alpha = arguments(node).get("alpha", 1)
-    if combine is operator.truediv and constant_first:
-        return None
-    one, zero = torch.ones_like(constant), torch.zeros_like(constant)
-    if combine is operator.mul or combine is operator.truediv:
-        return Affine(combine(one, constant), zero)
-    # add: a + alpha * b, sub: a - alpha * b
-    sign = alpha if combine is operator.add else -alpha
-    return Affine(one * sign, constant) if constant_first else Affine(one, constant * sign)
-
-
-def _per_channel(
-    constant: torch.Tensor, source: fx.Node, convolution: Convolution
-) -> torch.Tensor | None:
-    """The constant as one float64 number a channel, shape (channels,), or None if it has more."""
-    rank = value(source).dim()
-    if constant.dim() > rank:
-        return None
-    shape = (1,) * (rank - constant.dim()) + tuple(constant.shape)
-    channels = rank + convolution.channel_dim
-    if any(size != 1 for dim, size in enumerate(shape) if dim != channels):
-        return None
-    # One channel times three numbers is three channels: a constant may not widen the result.
-    if constant.numel() not in (1, convolution.out_channels):
-        return None
-    return constant.reshape(-1).expand(convolution.out_channels).clone()
+    affine = arithmetic_affine(node, source, convolution.channel_dim, convolution.out_channels)
+    if isinstance(affine, str):
+        return Refusal(affine)
+    return None if affine is None else _fold_one(source, node, node, affine)
 
 
 def _distinct(*nodes: fx.Node) -> tuple[fx.Node, ...]:
