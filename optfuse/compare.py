@@ -177,10 +177,10 @@ def least_tolerances(outputs: NDArray[Any], reference: NDArray[Any]) -> Toleranc
         error, size = np.abs(ours - theirs), np.abs(theirs)
         ratio, excess = (error / size).max(), (error - USUAL_RTOL * size).max()
     # A few units in the last place more, so that the sum and the product round up to the error.
-    slack = 4 * np.finfo(np.float64).eps
+    slack = 4 * float(np.finfo(np.float64).eps)
     return Tolerances(
         atol=float(error.max()),
-        rtol=float(ratio * (1 + slack)),
+        rtol=float(ratio) * (1 + slack),
         atol_beside_rtol=float(excess + slack * error.max()) if excess > 0 else 0.0,
     )
 

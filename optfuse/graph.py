@@ -167,6 +167,19 @@ def constant_of(node: Any) -> torch.Tensor | None:
     return found.detach()
 
 
+def is_finite_as(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor has no NaN and no infinity once it is rounded to `dtype`.
+
+    By its extremes, since rounding keeps the order and a NaN makes both NaN: a mask of each large
+    constant would leave holes in the heap that the next one doesn't fit into.
+    """
+    if tensor.is_complex():
+        tensor, dtype = torch.view_as_real(tensor), dtype.to_real()
+    if tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor)).to(dtype)).all())
+
+
 def copied(graph: fx.Graph) -> fx.Graph:
     """A copy of the nodes and their metadata, with the same signature."""
     new = fx.Graph()

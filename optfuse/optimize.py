@@ -24,6 +24,7 @@ from optfuse.graph import (
     attribute,
     copied,
     describe,
+    is_finite_as,
     operators,
     own_what_is_written,
     prepare,
@@ -218,7 +219,9 @@ class _Run:
             name, dtype = node.target, node.meta.pop("round_to")
             exact = attribute(self.graph_module, name).detach()
             rounded = exact.to(dtype)
-            if not torch.equal(torch.isfinite(exact), torch.isfinite(rounded)):
+            if not is_finite_as(exact, dtype) and not torch.equal(
+                torch.isfinite(exact), torch.isfinite(rounded)
+            ):
                 raise ModelError(
                     f"A folded constant of {describe(node)} cannot be kept",
                     f"It is not finite in {str(dtype).removeprefix('torch.')}",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Variant = Literal["baseline", "optimized", "control"]
 """Which file a number is about: the export as it comes, ours, or the A/A control (the export as it
-comes, opened a second time)."""
+comes, run a second time)."""
 
 Notify = Callable[[str, float | None], None]
 """Told what is going on: a description, and the fraction done where it is known."""

@@ -176,7 +176,8 @@ def test_outputs_and_names_must_be_as_many() -> None:
 
 def passes(outputs: np.ndarray, reference: np.ndarray, *, atol: float, rtol: float) -> bool:
     """What numpy.allclose asks for, without its own defaults."""
-    return bool((np.abs(outputs - reference) <= atol + rtol * np.abs(reference)).all())
+    with np.errstate(over="ignore"):  # a huge rtol beside a large reference
+        return bool((np.abs(outputs - reference) <= atol + rtol * np.abs(reference)).all())
 
 
 def test_tolerances_of_a_case_worked_out_by_hand() -> None:

@@ -165,8 +165,7 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as raised:
         write_text(tmp_path / ("x" * 300), "text")
     assert str(raised.value) == (
-        f"The results cannot be written to {tmp_path}. File name too long. "
-        "Choose another place."
+        f"The results cannot be written to {tmp_path}. File name too long. Choose another place."
     )
 
 

@@ -29,7 +29,7 @@ def diff(
     subjects: Annotated[
         list[str],
         typer.Argument(
-            metavar="A[@ENGINE] [B[@ENGINE]]...",
+            metavar="WHAT[@ENGINE]",
             help="What is compared: model sources, .onnx files, engine files, or folders that "
             "'optfuse optimize' wrote. A model source given first is the reference, in float64; an "
             "ONNX file alone is compared with itself in float64; otherwise the first as it runs "
@@ -56,7 +56,8 @@ def diff(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Compare A, a model source, also with what these passes make of it, on PyTorch.",
+            help="Compare the first one, a model source, also with what these passes make of it "
+            "on PyTorch.",
         ),
     ] = None,
     per_layer: Annotated[

@@ -40,6 +40,7 @@ from optfuse.graph import (
     constant_of,
     describe,
     is_call,
+    is_finite_as,
     kind,
     sole_user,
     value,
@@ -234,7 +235,7 @@ def _fold_into(convolution: Convolution, user: fx.Node, affine: Affine) -> Folde
     folded_weight = convolution.scale_weight(weight.double(), scale)
     folded_bias = shift if bias is None else scale * bias.double() + shift
     for what, folded in (("weight", folded_weight), ("bias", folded_bias)):
-        if not bool(torch.isfinite(folded.to(dtype)).all()):
+        if not is_finite_as(folded, dtype):
             return Refusal(f"the folded {what} is not finite in {_dtype_name(dtype)}")
     return Folded(convolution, folded_weight, folded_bias)
 

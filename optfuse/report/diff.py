@@ -411,6 +411,11 @@ def _layers(row: Mapping[str, Any], brief: bool, last: bool) -> Table:
             "and set against what the original adds there, or against rounding; above "
             f"{layers['limit']:g} it is suspect."
         )
+        if layers["engine"] != "torch":
+            notes.append(
+                f"To look inside, every value is made an output, which keeps {layers['engine']} "
+                "from fusing across it."
+            )
     return table(
         f"Layers of {row['name']}",
         columns,

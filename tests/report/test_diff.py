@@ -441,7 +441,13 @@ def test_an_infinite_error_counts_as_the_worst() -> None:
 def test_the_explanation_stands_once() -> None:
     both = [replace(each, layers=layers(layer("a", 1.0))) for each in (ITSELF, FILE)]
     tables = [t for t in diff.page(report(*both).document).tables if t.title.startswith("Layers")]
-    assert [len(each.notes) for each in tables] == [0, 1]
+    assert [len(each.notes) for each in tables] == [0, 2]
+    assert tables[1].notes[1] == (
+        "To look inside, every value is made an output, which keeps onnxruntime from fusing across "
+        "it."
+    )
+    on_torch = replace(ITSELF, layers=replace(layers(layer("a", 1.0)), engine="torch"))
+    assert len(table(report(on_torch).document, "Layers of").notes) == 1
 
 
 def test_without_a_counterpart_there_is_a_sentence() -> None:
