@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import operator
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from optfuse.conv_act import ensure_bias, translation_table
 from optfuse.errors import ExportError, OptfuseError
 from optfuse.files import sha256, staged
-from optfuse.graph import operators
+from optfuse.graph import ONNX_LAYERS, equals, is_call, operators, origins
 from optfuse.stages import Artifact, Program, Step, Variant
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ def export(
 ) -> Artifact:
     """Write an optimised program as ONNX.
 
+    The file's metadata says which of its values are those of which captured nodes, under
+    `graph.ONNX_LAYERS`.
+
     Args:
         program: what `optimize` gave.
         path: of the ONNX file, which appears whole or not at all.
@@ -69,6 +75,7 @@ def export(
     """
     started = time.perf_counter()
     with _explained(program.name):
+        _mark(program.graph_module)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
@@ -86,7 +93,64 @@ def export(
             output_names=list(output_names) or None,
         )
         ensure_bias(onnx_program.model)
+        _name_values(onnx_program, program.graph_module)
     return _write(onnx_program, replace(program, exported=exported), path, "optimized", started)
+
+
+def _mark(graph_module: fx.GraphModule) -> None:
+    """Note every node's name where torch.export and torch.onnx carry it along: in the metadata of
+    what they make of the node."""
+    for node in graph_module.graph.nodes:
+        node.meta["custom"] = {**node.meta.get("custom", {}), ONNX_LAYERS: node.name}
+
+
+def _name_values(onnx_program: ONNXProgram, graph_module: fx.GraphModule) -> None:
+    """Write down which value of the file stands for which captured nodes, and give no other value
+    the name of an output, which torch.onnx does where outputs are named."""
+    assert onnx_program.exported_program is not None
+    graph = onnx_program.model.graph
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    names = _names_in_onnx(onnx_program, nodes)
+    returned = onnx_program.exported_program.graph_signature.user_outputs
+    outputs = dict(zip(graph.outputs, returned, strict=False))
+    output_names = {value.name for value in outputs}
+    values = [value for node in graph for value in node.outputs]
+    taken = {value.name for value in values}
+    layers = {}
+    for value in values:
+        name = outputs.get(value, value.name) or ""
+        number = 1
+        while value not in outputs and value.name in output_names:
+            inner = f"{name}_inner_{number}"
+            value.name = value.name if inner in taken else inner
+            number += 1
+        node = nodes.get(names.get(name, ""))
+        if node is not None and equals(node):
+            layers[value.name] = {"equals": equals(node), "origins": origins(node)}
+    onnx_program.model.metadata_props[ONNX_LAYERS] = json.dumps(layers)
+
+
+def _names_in_onnx(onnx_program: ONNXProgram, nodes: Mapping[str, fx.Node]) -> dict[str, str]:
+    """What torch.onnx calls the result of a node by itself -> the node's name."""
+    assert onnx_program.exported_program is not None
+    picks = {
+        (node.args[0].name, node.args[1]): node.name
+        for node in nodes.values()
+        if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node)
+    }
+    found: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for node in onnx_program.exported_program.graph.nodes:
+        marked = node.meta.get("custom", {}).get(ONNX_LAYERS)
+        if node.op != "call_function" or marked not in nodes:
+            continue
+        if not is_call(node, operator.getitem):
+            last[marked] = node.name  # of all that was made of a node, the last gives its result
+        elif (marked, node.args[1]) in picks:
+            picked = picks[marked, node.args[1]]
+            # torch.onnx makes one node of a split and its picks, and numbers the results.
+            found[node.name] = found[f"{node.args[0].name}_split_{node.args[1]}"] = picked
+    return {**found, **{value: name for name, value in last.items()}}
 
 
 def data_file(path: Path) -> Path:

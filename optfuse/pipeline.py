@@ -32,7 +32,7 @@ from optfuse.errors import (
 )
 from optfuse.export import data_file, export, export_baseline
 from optfuse.files import cache_folder, sha256, staged, write_text
-from optfuse.float64 import run_float64
+from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
@@ -130,7 +130,7 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
     engines = _choose(request)
     _require_something_to_ablate(request)
     machine = environment(request.threads)  # now, so that its load is not our own
-    with _torch_threads(request.threads):
+    with torch_threads(request.threads):
         return _run(request, machine, engines, notify)
 
 
@@ -207,17 +207,6 @@ def explain(source: Source, passes: str, notify: Notify = silent) -> Program:
     model = load(source)
     notify(f"Capturing {model.name} with torch.export", None)
     return optimize(capture(model), selected, seed=source.seed, notify=notify)
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """PyTorch's thread count, for the proofs and the reference as well as for its own engine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

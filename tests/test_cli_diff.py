@@ -216,7 +216,7 @@ def test_a_wrong_layer_in_the_middle_of_resnet50_is_named(
     backends.get("onnxruntime").unavailable() is not None,
     reason=str(backends.get("onnxruntime").unavailable()),
 )
-@pytest.mark.parametrize("name", ["baseline.onnx"])
+@pytest.mark.parametrize("name", ["baseline.onnx", "model.onnx"])
 def test_a_wrong_layer_in_an_exported_file_is_named(folder: Path, name: str) -> None:
     import onnx
     from onnx import numpy_helper

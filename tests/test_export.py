@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from optfuse.compare import drift
 from optfuse.errors import ExportError
 from optfuse.export import export, export_baseline
 from optfuse.float64 import run_float64
+from optfuse.graph import ONNX_LAYERS
+from optfuse.layers import LIMIT, compare_file
 from optfuse.stages import Artifact, BuildOptions, Program
 from tests.harness import captured, optimized, scramble
 
@@ -164,3 +167,70 @@ def test_a_half_model_computes_what_it_did(tmp_path: Path) -> None:
     [reference] = run_float64(program.graph_module, program.example_args, {})
     # Weights and result are rounded to 11 bits, 5e-4 each.
     assert torch.linalg.norm(given.double() - reference) <= 2e-3 * torch.linalg.norm(reference)
+
+
+def layers_in(artifact: Artifact) -> dict[str, dict[str, list[str]]]:
+    entries = onnx.load(artifact.path).metadata_props
+    found: dict[str, dict[str, list[str]]] = json.loads(
+        next(entry.value for entry in entries if entry.key == ONNX_LAYERS)
+    )
+    return found
+
+
+def test_our_file_says_which_captured_node_each_value_stands_for(
+    faster: Program, tmp_path: Path
+) -> None:
+    artifact = export(faster, tmp_path / "model.onnx")
+    layers = layers_in(artifact)
+    values = {name for node in onnx.load(artifact.path).graph.node for name in node.output}
+    assert layers.keys() <= values
+    equal = {name: each["equals"] for name, each in layers.items()}
+    assert equal["conv_act"] == ["relu"]
+    # Two convolutions in one, whose result is what the concat gave.
+    assert ["cat"] in equal.values()
+    assert ["silu"] in equal.values()
+    assert layers["conv_act"]["origins"][0] == "conv2d"
+    assert "custom" not in {entry.key for entry in onnx.load(artifact.path).metadata_props}
+
+
+def test_results_of_a_split_are_told_apart(program: Program, tmp_path: Path) -> None:
+    combined = optimized(program, "combine_parallel_convs")
+    equal = [each["equals"] for each in layers_in(export(combined, tmp_path / "m.onnx")).values()]
+    assert ["relu_1"] in equal
+    assert ["relu_2"] in equal
+
+
+def test_an_output_keeps_its_node_whatever_it_is_called(tmp_path: Path) -> None:
+    """Even by the name of another node, as a node of the original may be called in ours."""
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin().cos().sin()
+
+    program = captured(Twice(), torch.randn(4))
+    artifact = export(optimized(program, "all"), tmp_path / "m.onnx", output_names=["cos"])
+    model = onnx.load(artifact.path)
+    onnx.checker.check_model(model)  # which asks for each name to be given once
+    equal = {name: each["equals"] for name, each in layers_in(artifact).items()}
+    assert equal == {"sin": ["sin"], "cos_inner_1": ["cos"], "cos": ["sin_1"]}
+    (given,) = outputs(artifact, program)
+    # 1e-6: three sines in float32.
+    assert torch.allclose(given, program.example_args[0].sin().cos().sin(), rtol=0, atol=1e-6)
+
+
+def test_the_export_as_it_comes_says_nothing(program: Program, tmp_path: Path) -> None:
+    artifact = export_baseline(program, tmp_path / "baseline.onnx")
+    assert not onnx.load(artifact.path).metadata_props
+
+
+@pytest.mark.parametrize("passes", ["all", "combine_parallel_convs", "none"])
+def test_what_it_says_is_what_the_values_are(program: Program, tmp_path: Path, passes: str) -> None:
+    if reason := backends.get("onnxruntime").unavailable():
+        pytest.skip(reason)
+    artifact = export(optimized(program, passes), tmp_path / "model.onnx")
+    feeds = list(program.example_args)
+    found = compare_file(program, artifact.path, program.example_args, {}, feeds)
+    assert len(found.rows) >= 5
+    # A value that stood for another one would be off by about its own size.
+    assert found.suspect is None
+    assert max(row.growth or 0.0 for row in found.rows) < LIMIT / 2

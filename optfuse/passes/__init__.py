@@ -89,6 +89,9 @@ class Pass(ABC):
     def rewrite(self, edit: Edit, match: Match) -> Mapping[fx.Node, fx.Node]:
         """Add the new operators and return which new node stands for which old one.
 
+        A new node computes exactly the value of the old one that it stands for, unless its shape
+        differs: drift is compared layer by layer there.
+
         The driver then moves the users over and erases what is no longer used.
         """
 
