@@ -32,6 +32,7 @@ import torch
 
 from optfuse.errors import LoadError, UsageError
 from optfuse.inputs import Arguments, random_arguments, require_possible
+from optfuse.normalize import normalized
 from optfuse.stages import InputSpec, LoadedModel, Source
 from optfuse.weights import describe, first_few, load_weights, require_file
 
@@ -66,7 +67,8 @@ def load(source: Source) -> LoadedModel:
     import more of it when it runs. The global random states are as before.
 
     Raises:
-        UsageError: the source or an input is not written as one.
+        UsageError: the source or an input is not written as one, or nothing of it is an image that
+            can be normalised.
         LoadError: the code, the weights or the inputs are not there or do not work together.
     """
     if not 0 <= source.seed < 2**63:
@@ -89,7 +91,8 @@ def load(source: Source) -> LoadedModel:
     else:
         arguments = found.example_arguments()
     _require_accepted(found.model, arguments, source)
-    return LoadedModel(found.name, found.model, *arguments)
+    model = LoadedModel(found.name, found.model, *arguments)
+    return normalized(model, source.normalize) if source.normalize else model
 
 
 def _in_library(library: str, name: str, source: Source) -> _Found:

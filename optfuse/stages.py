@@ -38,6 +38,19 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """What `--normalize` says: one number, or one a channel, in the units of the raw pixels.
+
+    Attributes:
+        mean: what is taken off; (0.0,) where it is left out.
+        std: what the rest is divided by; (1.0,) where it is left out.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a model comes from, as the user typed it.
 
@@ -47,6 +60,7 @@ class Source:
         inputs: example inputs, or empty to use the source's `example_inputs()`.
         seed: seeds every random choice made while loading.
         trust: the user accepts that unpickling the weights file can run code.
+        normalize: what is done to the model's images in front of it, or None for nothing.
     """
 
     text: str
@@ -54,6 +68,7 @@ class Source:
     inputs: tuple[InputSpec, ...] = ()
     seed: int = 0
     trust: bool = False
+    normalize: Normalization | None = None
 
 
 @dataclass(frozen=True)

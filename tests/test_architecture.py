@@ -28,10 +28,11 @@ LEVELS = (
         *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
         *("report", "layers", "limits"),
     ),
-    ("passes", "backends", "inputs"),
+    ("passes", "backends", "inputs", "normalize"),
     ("weights",),
     (
-        *("graph", "convolution", "routing", "activations", "conv_act", "cost", "float64"),
+        *("graph", "convolution", "folding", "lanes", "routing", "activations", "conv_act"),
+        *("cost", "float64"),
         *("kernels", "sums", "onnx_cost", "fingerprint", "stats", "environment", "files"),
     ),
     ("stages",),

@@ -15,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import onnx
+import onnxruntime
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -91,6 +92,12 @@ def optimized(*arguments: str) -> Result:
     defaults = [] if "--engine" in given else ["--engine", "onnxruntime"]
     defaults += [] if "--duration" in given else ["--duration", "0"]
     return typed("optimize", *arguments, *defaults)
+
+
+def outputs_of(path: Path, image: torch.Tensor) -> torch.Tensor:
+    """What ONNX Runtime gives for the image."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
 
 def assert_refused(result: Result, code: int, *parts: str) -> None:
@@ -247,6 +254,27 @@ def test_explain_names_sites_and_refusals_and_writes_nothing(folder: Path) -> No
     assert "fold_conv_bn" in result.stdout
     assert "stem" in result.stdout
     assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["net_of_cli_tests.py"]
+
+
+def test_normalisation_goes_into_the_file(folder: Path) -> None:
+    model = ("net_of_cli_tests.py:build", "--engine", "onnxruntime", "--output")
+    said = optimized(*model, "raw", "--normalize", "mean=0.4,0.5,0.6,std=0.2,0.3,0.25").stdout
+    assert "images are normalised in the file: mean 0.4, 0.5, 0.6; std 0.2, 0.3, 0.25" in said
+    optimized(*model, "plain")
+    pixels = torch.rand(2, 3, 12, 12)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    by_hand = (pixels - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
+    expected = outputs_of(folder / "plain" / "model.onnx", by_hand)
+    # float32 arithmetic in another order costs about 1e-7 of numbers of size 1.
+    found = outputs_of(folder / "raw" / "model.onnx", pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, outputs_of(folder / "plain" / "model.onnx", pixels), atol=1e-2)
+
+
+def test_a_normalisation_that_cannot_be_read_is_a_sentence(folder: Path) -> None:
+    result = typed("explain", "net_of_cli_tests.py:build", "--normalize", "mean=grey")
+    assert result.exit_code == 2
+    assert "'grey' is no number" in result.stderr
 
 
 def test_passes_are_listed_in_order_with_their_equations() -> None:

@@ -76,7 +76,12 @@ NETWORKS = {
     "shufflenet_v2": Expected(
         (56, 56),
         (56, 0),
-        {"eliminate_identity": 1, "fold_conv_bn": 56, "fuse_conv_activation": 37},
+        {
+            "eliminate_identity": 1,
+            "fold_conv_bn": 56,
+            "route_channels": 3,
+            "fuse_conv_activation": 37,
+        },
     ),
     "efficientnet_b0": Expected(
         (81, 81),
@@ -97,7 +102,12 @@ NETWORKS = {
     "yolo_neck": Expected(
         (36, 36), (30, 0), {"fold_conv_bn": 30, "elide_concat": 4, "fuse_conv_activation": 30}
     ),
-    "vit_tiny": Expected((1, 1), (0, 0), {"eliminate_identity": 1, "combine_parallel_convs": 12}),
+    # The layer norms' scales and shifts go into the linear layers behind them.
+    "vit_tiny": Expected(
+        (1, 1),
+        (0, 0),
+        {"eliminate_identity": 1, "fold_linear_chain": 25, "combine_parallel_convs": 12},
+    ),
 }
 
 
@@ -129,6 +139,16 @@ def test_densenet_says_why_its_batch_norms_stay() -> None:
     assert len(said) == 58
     assert sum("has 2 users" in reason for reason in said) == 54
     assert sum("is no convolution" in reason for reason in said) == 4
+
+
+def test_no_feature_map_of_shufflenet_is_transposed_or_reshaped() -> None:
+    network = importlib.import_module("models.shufflenet_v2")
+    before = captured(network.build(), *network.example_inputs())
+    after = optimized(before, "all")
+    moving = ("view", "transpose", "clone", "split", "split_with_sizes", "cat")
+    assert [counts(before).get(kind, 0) for kind in moving] == [33, 16, 17, 13, 0, 16]
+    # The one view is the classifier's own: (1, 1024, 1, 1) -> (1, 1024).
+    assert [counts(after).get(kind, 0) for kind in moving] == [1, 0, 0, 0, 16, 16]
 
 
 def test_partial_convolutions_take_the_concats_out_of_squeezenet() -> None:

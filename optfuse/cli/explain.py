@@ -7,6 +7,7 @@ from optfuse.cli.console import progress, stdout
 from optfuse.cli.options import (
     DebugOption,
     InputOption,
+    NormalizeOption,
     PassesOption,
     SeedOption,
     SourceArgument,
@@ -22,13 +23,14 @@ def explain(
     source: SourceArgument,
     weights: WeightsOption = None,
     inputs: InputOption = None,
+    normalize: NormalizeOption = None,
     passes: PassesOption = "all",
     seed: SeedOption = 0,
     debug: DebugOption = False,  # noqa: ARG001 read by reporting
     trust: TrustOption = False,
 ) -> None:
     """Show which sites each pass matches, and every refusal with its reason. Writes nothing."""
-    request_source = source_of(source, weights, inputs, seed, trust)
+    request_source = source_of(source, weights, inputs, seed, trust, normalize)
     with progress(shown=True) as notify:
         from optfuse import pipeline
 

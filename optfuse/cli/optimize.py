@@ -15,6 +15,7 @@ from optfuse.cli.options import (
     DebugOption,
     InputOption,
     JsonOption,
+    NormalizeOption,
     PassesOption,
     QuietOption,
     SeedOption,
@@ -33,6 +34,7 @@ def optimize(
     source: SourceArgument,
     weights: WeightsOption = None,
     inputs: InputOption = None,
+    normalize: NormalizeOption = None,
     passes: PassesOption = "all",
     engine: Annotated[
         list[str] | None,
@@ -73,7 +75,7 @@ def optimize(
     trust: TrustOption = False,
 ) -> None:
     """Optimize a model, export it, build engines, and report latency and drift."""
-    request_source = source_of(source, weights, inputs, seed, trust)
+    request_source = source_of(source, weights, inputs, seed, trust, normalize)
     # A model may print while it is loaded or run; standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
         from optfuse.environment import available_threads

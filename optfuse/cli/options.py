@@ -34,6 +34,14 @@ InputOption = Annotated[
         "where the source has an example_inputs().",
     ),
 ]
+NormalizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mean=…,std=…",
+        help="Put (x - mean) / std in front of the model's images, so that the file takes raw "
+        "pixels: one number or one a channel, e.g. mean=0.485,0.456,0.406,std=0.229,0.224,0.225.",
+    ),
+]
 PassesOption = Annotated[
     str,
     typer.Option(
@@ -62,14 +70,20 @@ QuietOption = Annotated[
 
 
 def source_of(
-    text: str, weights: Path | None, inputs: list[str] | None, seed: int, trust: bool
+    text: str,
+    weights: Path | None,
+    inputs: list[str] | None,
+    seed: int,
+    trust: bool,
+    normalize: str | None = None,
 ) -> Source:
     """A model's source as the user typed it.
 
     Raises:
-        UsageError: an input cannot be read.
+        UsageError: an input or the normalisation cannot be read.
     """
     from optfuse.inputs import parse_input
+    from optfuse.normalize import parse_normalization
     from optfuse.stages import Source
 
     return Source(
@@ -78,6 +92,7 @@ def source_of(
         inputs=tuple(parse_input(each) for each in inputs or ()),
         seed=seed,
         trust=trust,
+        normalize=None if normalize is None else parse_normalization(normalize),
     )
 
 

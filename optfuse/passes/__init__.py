@@ -24,9 +24,12 @@ ORDER = (
     "fold_constants",
     "eliminate_common_subexpressions",
     "fold_conv_bn",
+    "fold_affine_input",
+    "fold_linear_chain",
     "merge_branches",
     "combine_parallel_convs",
     "elide_concat",
+    "route_channels",
     "fuse_conv_activation",
 )
 """First what has no effect, then constants, so that folding sees plain convolutions, and merging
@@ -51,9 +54,15 @@ class Match:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a place that looks like a match is left alone, as a clause that a user understands."""
+    """Why a place that looks like a match is left alone, as a clause that a user understands.
+
+    Attributes:
+        reason: the clause.
+        about: the layers that the pass would have changed, besides the node it was called at.
+    """
 
     reason: str
+    about: tuple[fx.Node, ...] = ()
 
 
 class Pass(ABC):

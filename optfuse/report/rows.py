@@ -128,8 +128,8 @@ def not_measured(document: Document) -> list[str]:
 
 
 def program_lines(document: Document) -> list[str]:
-    """The inputs, and parameters and FLOPs before and after."""
-    program = document["program"]
+    """The inputs, what is done to images among them, and parameters and FLOPs before and after."""
+    program, normalize = document["program"], document["source"].get("normalize")
     inputs = ", ".join(
         f"{spec['name'] or 'input'} {'x'.join(str(size) for size in spec['shape']) or 'scalar'}"
         f" {spec['dtype']}"
@@ -139,7 +139,11 @@ def program_lines(document: Document) -> list[str]:
         f"{label} {count(program[f'{key}_before'])} -> {count(program[f'{key}_after'])}"
         for label, key in (("parameters", "parameters"), ("FLOPs", "flops"))
     )
-    return [printable(line) for line in (f"inputs: {inputs or 'none'}", counts)]
+    lines = [f"inputs: {inputs or 'none'}", counts]
+    if normalize:
+        mean, std = (", ".join(f"{n:g}" for n in normalize[key]) for key in ("mean", "std"))
+        lines.insert(1, f"images are normalised in the file: mean {mean}; std {std}")
+    return [printable(line) for line in lines]
 
 
 def passes(document: Document) -> Table:
