@@ -2,8 +2,9 @@
 
     python -m benchmarks.driver_scaling [NODES ...]
 
-Builds graphs of about 1000, 4000 and 16000 nodes: a chain of convolution blocks, a chain of
-elementwise operators, and convolutions side by side on one tensor. Their tensors are so tiny that
+Builds graphs of about 1000, 4000 and 16000 nodes: chains of convolution blocks, of elementwise
+operators, of channel shuffles, of sums of branches, and of norms, linear layers and scales; and
+convolutions side by side on one tensor. Their tensors are so tiny that
 arithmetic costs nothing. Runs all passes on them with their proofs and prints, for each, the
 seconds, the microseconds a node and the ratio to the smallest graph of its kind: 1.0 is linear.
 Processor time on one thread, the smallest of a few runs, so that other work on the machine
@@ -44,6 +45,7 @@ class Building:
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.fake = FakeTensorMode().from_tensor(self.example)
+        self.half = self.fake[:, : CHANNELS // 2]
         self.generator = torch.Generator().manual_seed(1)
         self.first = self.last = self.graph.placeholder("x")
         self.first.meta["val"] = self.fake
@@ -82,6 +84,42 @@ class Building:
         x = self.call(aten.add.Tensor, *twice)
         x = self.call(aten.sub.Tensor, x, 0.25 + number % 3)
         self.call(aten.tanh.default, x)
+
+    def shuffle_block(self, number: int) -> None:
+        """Half of the channels through a convolution, then a channel shuffle: ten nodes."""
+        kept = self.call(aten.slice.Tensor, self.last, 1, 0, CHANNELS // 2, val=self.half)
+        given = self.call(
+            aten.slice.Tensor, kept.args[0], 1, CHANNELS // 2, CHANNELS, val=self.half
+        )
+        weight = self.constant(f"conv{number}_weight", CHANNELS // 2, CHANNELS // 2, 1, 1)
+        made = self.call(aten.conv2d.default, given, weight, None, val=self.half)
+        made = self.call(aten.tanh.default, made, val=self.half)
+        x = self.call(aten.cat.default, [kept, made], 1)
+        apart = self.fake.view(1, 2, CHANNELS // 2, 4, 4)
+        x = self.call(aten.view.default, x, list(apart.shape), val=apart)
+        x = self.call(aten.transpose.int, x, 1, 2, val=apart.transpose(1, 2))
+        x = self.call(aten.clone.default, x, val=apart.transpose(1, 2).contiguous())
+        x.kwargs = {"memory_format": torch.contiguous_format}
+        self.call(aten.view.default, x, list(self.fake.shape))
+
+    def sum_block(self, number: int) -> None:
+        """A sum of two convolutions and their input, then an activation: seven nodes."""
+        x = self.last
+        weights = [
+            self.constant(f"conv{number}_{name}", CHANNELS, CHANNELS, 1, 1) for name in ("a", "b")
+        ]
+        one, two = (self.call(aten.conv2d.default, x, weight, None) for weight in weights)
+        self.call(
+            aten.tanh.default, self.call(aten.add.Tensor, self.call(aten.add.Tensor, one, two), x)
+        )
+
+    def linear_block(self, number: int) -> None:
+        """layer norm -> linear -> scale -> tanh: seven nodes."""
+        scale, shift = (self.constant(f"norm{number}_{name}", 4) for name in ("scale", "shift"))
+        x = self.call(aten.layer_norm.default, self.last, [4], scale, shift)
+        x = self.call(aten.linear.default, x, self.constant(f"linear{number}_weight", 4, 4))
+        x = self.call(aten.view.default, x, list(self.fake.shape))
+        self.call(aten.tanh.default, self.call(aten.mul.Tensor, x, 0.5))
 
     def branch(self, number: int) -> None:
         """conv -> relu beside the other branches: three nodes."""
@@ -135,6 +173,9 @@ def main(sizes: list[int]) -> None:
     for name, block in (
         ("convolutions", Building.convolution_block),
         ("elementwise", Building.elementwise_block),
+        ("shuffles", Building.shuffle_block),
+        ("sums", Building.sum_block),
+        ("linear layers", Building.linear_block),
         ("branches", Building.branch),
     ):
         seconds_of(build(block, 50))  # imports and caches

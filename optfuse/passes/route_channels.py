@@ -109,7 +109,7 @@ class Step:
 
     Attributes:
         node: the old node.
-        behind: the operators that moved its channels and are replaced.
+        behind: the operators that moved its channels, are replaced, and that no step before names.
         rebuilt: its new version, if it gets one.
         made: tensors that are put together here.
         equal: what stands for the old node from now on, if anything does: its new version
@@ -315,10 +315,11 @@ class _Plan:
         for use in change.given:
             read.setdefault(use.operand, []).append(use)
         moving = set(change.moving)
+        unnamed = set(moving)
         steps = (
             Step(
                 node=node,
-                behind=_behind(node, moving),
+                behind=_taken_behind(node, unnamed),
                 rebuilt=rebuilt.get(node),
                 # What a node that stays is made into can stand only behind it: its user makes it.
                 made=tuple(
@@ -361,14 +362,19 @@ def _said(cost: Cost) -> str:
     return f"{operators} {cost.numbers:,} numbers"
 
 
-def _behind(node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """The operators that moved what `node` holds to it."""
-    found: dict[fx.Node, None] = {}
+def _taken_behind(node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The operators that moved what `node` holds to it, taken out of `moving`.
+
+    What moves channels on for several places counts for the first of them: a channel may pass
+    through all units of a network, and each of its places would name all of them again.
+    """
+    found = []
     waiting = [node]
     while waiting:
         each = waiting.pop()
-        if each in moving and each not in found:
-            found[each] = None
+        if each in moving:
+            moving.remove(each)
+            found.append(each)
             waiting += each.all_input_nodes
     return tuple(found)
 
