@@ -9,18 +9,21 @@ import sysconfig
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
+from optfuse.branches import inline_calls
 from optfuse.errors import CaptureError
 from optfuse.graph import ASSERT, operators, own_what_is_written, prepare
 from optfuse.stages import LoadedModel, Program, Step
 
+_BRANCHING = r"(?:%|\b)(?:cond|while_loop|scan|map_impl)\b"
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
 
@@ -48,6 +51,7 @@ def capture(model: LoadedModel) -> Program:
     except Exception as error:
         raise _explain(model, error) from error
     assert isinstance(graph_module, fx.GraphModule)
+    inline_calls(graph_module)
     _drop_asserts(graph_module)
     prepare(graph_module)
     own_what_is_written(graph_module)
@@ -65,9 +69,34 @@ def capture(model: LoadedModel) -> Program:
         exported=exported,
         example_args=tuple(model.example_args),
         example_kwargs=dict(model.example_kwargs),
-        dynamic_shapes=model.dynamic_shapes,
+        dynamic_shapes=_one_for_each_input(model),
         trace=(step,),
     )
+
+
+def _one_for_each_input(model: LoadedModel) -> Any:
+    """The dynamic shapes as the captured graph takes them: what the model's forward takes as one
+    `*inputs` are inputs of their own there."""
+    shapes = model.dynamic_shapes
+    if shapes is None:
+        return None
+    signature = inspect.signature(model.module.forward)
+    starred = inspect.Parameter.VAR_POSITIONAL
+    if all(each.kind is not starred for each in signature.parameters.values()):
+        return shapes
+    bound = signature.bind(*model.example_args, **model.example_kwargs).arguments
+    if not isinstance(shapes, Mapping):
+        if not isinstance(shapes, (tuple, list)):
+            return shapes
+        shapes = dict(zip(bound, shapes, strict=True))
+    unpacked = {}
+    for name, given in shapes.items():
+        if signature.parameters[name].kind is starred:
+            each = [None] * len(bound[name]) if given is None else given
+            unpacked.update({f"{name}_{number}": one for number, one in enumerate(each)})
+        else:
+            unpacked[name] = given
+    return unpacked
 
 
 def _drop_asserts(graph_module: fx.GraphModule) -> None:
@@ -99,6 +128,7 @@ def _explain(model: LoadedModel, error: Exception) -> CaptureError:
     cause, step = (
         _explain_call(model)
         or _explain_values(error)
+        or _explain_branches(error)
         or _explain_forward(model)
         or _explain_export(model, error)
     )
@@ -129,6 +159,27 @@ def _explain_values(error: Exception) -> tuple[str, str] | None:
         f"A branch or a shape{_where(error)} depends on the values of a tensor",
         "Write the branch with torch.cond or torch.where, and take sizes from shapes, so that one "
         "graph serves all inputs",
+    )
+
+
+def _explain_branches(error: Exception) -> tuple[str, str] | None:
+    """What `torch.cond` and its like do not take; plain PyTorch says it at such length, too."""
+    text = str(error)
+    if "FunctionalTensor on its own" in text and re.search(_BRANCHING, text):
+        return (
+            f"A branch of a control-flow operator{_where(error)} makes a tensor from numbers, "
+            "where torch.export cannot follow",
+            "Register that tensor with register_buffer, or make it in front of the operator",
+        )
+    rejected = re.search(
+        rf"with fake tensors: call_function {_BRANCHING}.*: got \w+\(([\"'])(.*?)(?:\. |\1\))", text
+    )
+    if rejected is None:
+        return None
+    return (
+        f"The branches of a control-flow operator{_where(error)} do not fit: {rejected[2]}",
+        "Give all branches contiguous results of one shape and one dtype, none of which is an "
+        "input or a view of one",
     )
 
 

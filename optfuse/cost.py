@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from optfuse.branches import operands_of
 from optfuse.graph import attribute, flat_inputs, placeholders
 from optfuse.stages import Program
 
@@ -34,12 +35,65 @@ def flops(program: Program) -> int:
     """Floating-point operations of one run on the example inputs, a multiply-add counted as two.
 
     PyTorch's own flop counter, run on tensors without data. It counts convolutions, matrix
-    products and attention, and leaves elementwise operators out.
+    products and attention, and leaves elementwise operators out. Of the two branches of a
+    `torch.cond` the dearer one counts, and the body of a `while_loop` counts once, since nobody
+    knows how often it runs.
     """
+    with _without_data(program) as leaves:
+        _, total, _ = _counted(program.graph_module, leaves)
+    return total
+
+
+def _counted(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> tuple[Any, int, int]:
+    """What a graph gives, its floating-point operations, and as many as the counter saw."""
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
-    with _without_data(program) as leaves, counter:
-        fx.Interpreter(program.graph_module).run(*leaves, enable_io_processing=False)
-    return int(counter.get_total_flops())
+    interpreter = _WithoutData(graph_module)
+    with counter:
+        result = interpreter.run(*leaves, enable_io_processing=False)
+    seen = int(counter.get_total_flops())
+    return result, seen + interpreter.correction, seen
+
+
+class _WithoutData(fx.Interpreter):
+    """Runs a graph on tensors without data, and each branch that it calls once.
+
+    Attributes:
+        correction: to add to the operations seen, for branches that run more than once or not.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.correction = 0
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As `fx.Interpreter` has it, without the gradients that the counter would hook onto."""
+        found = super().get_attr(target, args, kwargs)
+        return found.detach() if isinstance(found, torch.Tensor) else found
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As `fx.Interpreter` has it, except for what calls branches."""
+        name = getattr(target, "__name__", "")
+        is_higher = isinstance(target, torch._ops.HigherOrderOperator)
+        operands = operands_of(name, args) if is_higher else None
+        if operands is None:
+            return super().call_function(target, args, kwargs)
+        inner = [each for each in args if isinstance(each, fx.GraphModule)]
+        runs = [_counted(each, operands) for each in inner]
+        totals = [total for _, total, _ in runs]
+        result = runs[-1][0]
+        times = 1
+        if name == "cond":
+            totals = [max(totals)]
+        elif name == "while_loop":
+            result = operands[: len(args[2])]
+        else:
+            sliced = args[2] if name == "scan" else args[1]
+            carried = len(args[1]) if name == "scan" else 0
+            times = len(sliced[0])
+            stacked = [each.expand(times, *each.shape).clone() for each in result[carried:]]
+            result = (*result[:carried], *stacked)
+        self.correction += times * sum(totals) - sum(seen for _, _, seen in runs)
+        return result
 
 
 def compulsory_bytes(program: Program) -> int:
@@ -107,7 +161,7 @@ def _without_data(program: Program) -> Iterator[list[Any]]:
         ]
 
 
-class _Sizes(fx.Interpreter):
+class _Sizes(_WithoutData):
     """Runs a graph and notes how many bytes each node's result has, all its tensors together."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:

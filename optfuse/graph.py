@@ -33,14 +33,23 @@ def operators(graph_module: fx.GraphModule) -> dict[str, int]:
     Python's own calls are not counted: picking one of several results, arithmetic on sizes.
     """
     counts: dict[str, int] = {}
-    for module in graph_module.modules():
-        if not isinstance(module, fx.GraphModule):
-            continue
+    for module in _with_inner_graphs(graph_module):
         for node in module.graph.nodes:
             if node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase):
                 name = kind(node)
                 counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _with_inner_graphs(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph and those that its operators call, each once."""
+    found = [graph_module]
+    for module in found:
+        for node in module.graph.find_nodes(op="get_attr"):
+            inner = attribute(module, str(node.target))
+            if isinstance(inner, fx.GraphModule) and all(inner is not each for each in found):
+                found.append(inner)
+    return found
 
 
 def kind(node: fx.Node) -> str:
@@ -203,6 +212,8 @@ def flat_inputs(
 ) -> list[Any]:
     """The leaves of a call's arguments, one a placeholder, in the placeholders' order."""
     codegen: Any = graph_module.graph._codegen
+    if not hasattr(codegen, "pytree_info"):  # a branch, which takes its leaves one by one
+        return list(args)
     spec = codegen.pytree_info.in_spec
     return list(fx_pytree.tree_flatten_spec((tuple(args), dict(kwargs)), spec))
 
@@ -292,19 +303,26 @@ class Edit:
         return candidate
 
 
-def prepare(graph_module: fx.GraphModule) -> None:
+def prepare(graph_module: fx.GraphModule, path: str = "") -> None:
     """Give every node the metadata that passes keep true: `val`, `origins`, `equals`, and `written`
-    on constants and inputs, whether the graph writes to them."""
+    on constants and inputs, whether the graph writes to them.
+
+    Args:
+        graph_module: the graph; those of its branches are prepared too.
+        path: in front of each node's name: of a branch, its dotted name and a dot.
+    """
     fake_mode = _fake_mode_of(graph_module.graph)
     for node in graph_module.graph.nodes:
-        node.meta.setdefault("origins", (node.name,))
-        node.meta.setdefault("equals", [node.name])
+        node.meta.setdefault("origins", (path + node.name,))
+        node.meta.setdefault("equals", [path + node.name])
         if node.op not in ("get_attr", "placeholder"):
             continue
         node.meta["written"] = any(_writes_to(user, node) for user in node.users)
         if node.op == "get_attr":
             found = attribute(graph_module, node.target)
-            if isinstance(found, torch.Tensor) and "val" not in node.meta:
+            if isinstance(found, fx.GraphModule):
+                prepare(found, f"{path}{node.target}.")
+            elif isinstance(found, torch.Tensor) and "val" not in node.meta:
                 node.meta["val"] = fake_mode.from_tensor(found, static_shapes=True)
 
 
@@ -337,6 +355,21 @@ def written_memory(graph: fx.Graph) -> frozenset[fx.Node]:
         if any(viewed in written for viewed in _aliased(node, writing=False)):
             written.add(node)
     return frozenset(written)
+
+
+def memory_of(node: fx.Node) -> frozenset[fx.Node]:
+    """The nodes whose memory a node's result may lie in: itself, or what it is a view of."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        # One of several results is a view of what the operator that gives them views.
+        source = each.args[0] if is_call(each, operator.getitem) else each
+        viewed = _aliased(source, writing=False) if isinstance(source, fx.Node) else []
+        waiting.extend(viewed)
+        if not viewed:
+            found.add(each)
+    return frozenset(found)
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:

@@ -4,12 +4,16 @@ The proof: after a pass has changed the graph, the program is run in float64 on 
 inputs and compared with what it gave before. A relative L2 distance above `PROOF_LIMIT` undoes the
 pass. New constants stay float64 until all passes are done, so an exact rewrite is exact to about
 1e-15 here, and 1e-10 leaves room for long sums while any real mistake is far above it.
+
+The passes also run on the branches of higher-order operators such as `torch.cond`. Each of them is
+a graph with a proof of its own, on random inputs like those it is called with, so that a branch
+that the program's inputs do not take is proved as well.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +21,14 @@ import torch
 from torch import fx
 
 from optfuse import passes
+from optfuse.branches import (
+    branches,
+    close_over,
+    example_inputs,
+    independent,
+    left_alone,
+    lift,
+)
 from optfuse.errors import ModelError, UsageError
 from optfuse.float64 import distance, random_inputs, run_float64
 from optfuse.graph import (
@@ -25,13 +37,16 @@ from optfuse.graph import (
     copied,
     describe,
     is_finite_as,
+    kind,
+    module_path,
     operators,
+    origins,
     own_what_is_written,
     prepare,
     take_over,
 )
 from optfuse.passes import Match, Pass, Refusal
-from optfuse.stages import Notify, Program, Refused, Site, Step, silent
+from optfuse.stages import Involved, Notify, Program, Refused, Site, Step, silent
 
 PROOF_LIMIT = 1e-10
 ROUND_LIMIT = 10
@@ -116,6 +131,8 @@ def optimize(
     while waiting and number < ROUND_LIMIT:
         number += 1
         waiting = False
+        if selected:
+            run.enter_branches()
         for position, each in enumerate(selected):
             if each.name in run.undone or run.settled.get(each.name) == run.version:
                 continue
@@ -124,9 +141,10 @@ def optimize(
     if waiting and selected:
         run.refuse_another_round(selected[-1], number)
     step = run.round_constants()
+    lift(run.graph_module)
     return replace(
         program,
-        graph_module=_with_what_it_uses(run.graph_module),
+        graph_module=independent(run.graph_module),
         trace=(*program.trace, *run.steps(), *([step] if step else [])),
     )
 
@@ -144,35 +162,68 @@ class _Run:
     undone: set[str] = field(default_factory=set)
     refused: dict[str, tuple[Refused, ...]] = field(default_factory=dict)
     recorded: list[Step] = field(default_factory=list)
-    proof: _Proof = field(init=False)
-    constants: list[str] = field(default_factory=list)
+    bodies: list[_Body] = field(init=False)
+    """The program's own graph, then those of its branches."""
 
     def __post_init__(self) -> None:
         original = self.program.graph_module
         prepare(original)
-        self.graph_module = _with_what_it_uses(original)
+        self.graph_module = independent(original)
         own_what_is_written(self.graph_module)
-        self.proof = _Proof(self.program, self.seed)
+        args, kwargs = self.program.example_args, self.program.example_kwargs
+        proof = _Proof(
+            self.program.name, original, random_inputs(args, kwargs, self.seed), self.seed
+        )
+        self.bodies = [_Body("", self.graph_module, proof)]
+
+    def enter_branches(self) -> None:
+        """Let passes see what is constant in each branch, and give it a proof of its own."""
+        moved = close_over(self.graph_module)
+        inner = list(branches(self.graph_module))
+        own, *known = self.bodies
+        if not moved and [each.graph_module for each in inner] == [b.graph_module for b in known]:
+            return
+        self.version += 1
+        constants = {id(body.graph_module): body.constants for body in known}
+        inputs = self._inputs_of_branches()
+        self.bodies = [own]
+        for each in inner:
+            drawn = random_inputs(inputs[each.path], {}, self.seed)
+            proof = _Proof(
+                f"{self.program.name}: {each.path}",
+                independent(each.graph_module),
+                drawn,
+                self.seed,
+            )
+            body = _Body(f"{each.path}.", each.graph_module, proof)
+            body.constants = constants.get(id(each.graph_module), [])
+            self.bodies.append(body)
+
+    def _inputs_of_branches(self) -> Mapping[str, tuple[Any, ...]]:
+        args, kwargs = self.program.example_args, self.program.example_kwargs
+        try:
+            return example_inputs(self.graph_module, args, kwargs, self.seed)
+        except Exception as error:
+            raise _not_provable(self.program.name, error) from error
 
     def apply(self, each: Pass, number: int) -> bool:
         """Run one pass to its own fixed point, prove it, record it; whether it changed anything."""
         started = time.perf_counter()
         before = sum(operators(self.graph_module).values())
-        attempt = _Attempt(each, Edit(self.graph_module))
-        relative_l2, undone = None, attempt.run()
-        if attempt.sites and undone is None:
-            relative_l2, undone = self.proof.check(self.graph_module)
-        changed = bool(attempt.sites) and undone is None
-        self.refused[each.name] = attempt.refused
+        attempts = [_Attempt(each, Edit(body.graph_module)) for body in self.bodies]
+        relative_l2, undone = self._attempt(attempts)
+        changed = undone is None and any(attempt.sites for attempt in attempts)
         if undone is not None:
-            attempt.undo()
+            for attempt in attempts:
+                attempt.undo()
             self.undone.add(each.name)
         else:
             if changed:
                 self.version += 1
-                self.constants += attempt.edit.constants
-                self._drop_unused_constants()
+                for body, attempt in zip(self.bodies, attempts, strict=True):
+                    body.keep(attempt.edit.constants)
             self.settled[each.name] = self.version
+        sites, self.refused[each.name] = self._places(attempts)
         if changed or undone is not None or number == 1:
             self.recorded.append(
                 Step(
@@ -182,18 +233,38 @@ class _Run:
                     operators_before=before,
                     operators_after=sum(operators(self.graph_module).values()),
                     settings={"round": number, "options": sorted(each.options)},
-                    sites=tuple(attempt.sites),
+                    sites=sites,
                     relative_l2=relative_l2,
                     undone=undone,
                 )
             )
         return changed
 
-    def _drop_unused_constants(self) -> None:
-        used = {node.target for node in self.graph_module.graph.nodes if node.op == "get_attr"}
-        for name in set(self.constants) - used:
-            delattr(self.graph_module, name)
-        self.constants = [name for name in self.constants if name in used]
+    def _attempt(self, attempts: Sequence[_Attempt]) -> tuple[float | None, str | None]:
+        """Rewrite and prove every graph: the largest distance, and why all must be undone."""
+        largest: float | None = None
+        for body, attempt in zip(self.bodies, attempts, strict=True):
+            undone = attempt.run()
+            if attempt.sites and undone is None:
+                relative_l2, undone = body.proof.check(body.graph_module)
+                if relative_l2 is not None:
+                    largest = max(relative_l2, largest or 0.0)
+            if undone is not None:
+                return largest, f"in {body.path.rstrip('.')} {undone}" if body.path else undone
+        for body, attempt in zip(self.bodies, attempts, strict=True):
+            if attempt.sites:
+                body.proof.accept()
+        return largest, None
+
+    def _places(self, attempts: Sequence[_Attempt]) -> tuple[tuple[Site, ...], tuple[Refused, ...]]:
+        """What was rewritten and what was refused, in a branch with the branch's name."""
+        sites: list[Site] = []
+        refused: list[Refused] = []
+        for body, attempt in zip(self.bodies, attempts, strict=True):
+            sites += [replace(each, site=body.path + each.site) for each in attempt.sites]
+            refused += [replace(each, site=body.path + each.site) for each in attempt.refused]
+        refused += [Refused(*each) for each in left_alone(self.graph_module)]
+        return tuple(sites), tuple(refused)
 
     def steps(self) -> list[Step]:
         """The recorded steps; a pass's refusals stand at its first one, as of its last sweep."""
@@ -213,24 +284,8 @@ class _Run:
         """Round the new constants, once, to the dtypes the model holds them in."""
         started = time.perf_counter()
         count = 0
-        for node in list(self.graph_module.graph.nodes):
-            if node.op != "get_attr" or "round_to" not in node.meta:
-                continue
-            name, dtype = node.target, node.meta.pop("round_to")
-            exact = attribute(self.graph_module, name).detach()
-            rounded = exact.to(dtype)
-            if not is_finite_as(exact, dtype) and not torch.equal(
-                torch.isfinite(exact), torch.isfinite(rounded)
-            ):
-                raise ModelError(
-                    f"A folded constant of {describe(node)} cannot be kept",
-                    f"It is not finite in {str(dtype).removeprefix('torch.')}",
-                    "Leave the folding passes out with --passes, or use a wider dtype",
-                )
-            self.graph_module.register_parameter(
-                name, torch.nn.Parameter(rounded, requires_grad=False)
-            )
-            count += 1
+        for body in self.bodies:
+            count += _round_constants(body.graph_module)
         if not count:
             return None
         total = sum(operators(self.graph_module).values())
@@ -245,17 +300,25 @@ class _Run:
 
 
 class _Proof:
-    """What the program computes in float64, taken once and compared with after every pass."""
+    """What a graph computes in float64, taken once and compared with after every pass."""
 
-    def __init__(self, program: Program, seed: int) -> None:
-        self._inputs = random_inputs(program.example_args, program.example_kwargs, seed)
+    def __init__(
+        self,
+        name: str,
+        original: fx.GraphModule,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        seed: int,
+    ) -> None:
+        self._name = name
+        self._original = original
+        self._inputs = inputs
         self._seed = seed
-        self._program = program
         self._reference: list[Any] | None = None
+        self._proved: list[Any] | None = None
 
     def check(self, graph_module: fx.GraphModule) -> tuple[float | None, str | None]:
-        """The distance to what the program gave before (None where there are no outputs to
-        compare), and why the pass must be undone."""
+        """The distance to what the graph gave before (None where there are no outputs to compare),
+        and why the pass must be undone."""
         if self._reference is None:
             self._reference = self._run_original()
         try:
@@ -264,8 +327,7 @@ class _Proof:
             return None, f"the rewritten graph does not run in float64: {_one_line(error)}"
         relative_l2 = distance(self._reference, outputs)
         if relative_l2 <= PROOF_LIMIT:
-            # The next pass is compared with the program just before it.
-            self._reference = outputs
+            self._proved = outputs
             return relative_l2, None
         if relative_l2 == float("inf"):
             return relative_l2, (
@@ -277,15 +339,38 @@ class _Proof:
             f"and {PROOF_LIMIT:.0e} is the limit"
         )
 
+    def accept(self) -> None:
+        """Compare the next pass with what was checked last."""
+        self._reference, self._proved = self._proved, None
+
     def _run_original(self) -> list[Any]:
         try:
-            return run_float64(self._program.graph_module, *self._inputs, seed=self._seed)
+            return run_float64(self._original, *self._inputs, seed=self._seed)
         except Exception as error:
-            raise ModelError(
-                f"'{self._program.name}' cannot be run in float64, so no pass can be proved",
-                _one_line(error),
-                "Use --passes none to export it as it is, and please report the model",
-            ) from error
+            raise _not_provable(self._name, error) from error
+
+
+@dataclass
+class _Body:
+    """One of the graphs that the passes run on.
+
+    Attributes:
+        path: of a branch, its dotted name in the program and a dot; else empty.
+        constants: the names of those that passes added to it.
+    """
+
+    path: str
+    graph_module: fx.GraphModule
+    proof: _Proof
+    constants: list[str] = field(default_factory=list)
+
+    def keep(self, added: Sequence[str]) -> None:
+        """Take in what a pass added, and drop what nothing uses any more."""
+        used = {node.target for node in self.graph_module.graph.find_nodes(op="get_attr")}
+        names = [*self.constants, *added]
+        for name in set(names) - used:
+            delattr(self.graph_module, name)
+        self.constants = [name for name in names if name in used]
 
 
 @dataclass
@@ -333,11 +418,15 @@ class _Attempt:
                 continue
             outcome = self.each.match(node)
             if isinstance(outcome, Refusal):
-                refused.append(Refused(describe(node), outcome.reason))
+                involved = _involved(node, [node], outcome.about)
+                refused.append(Refused(describe(node), outcome.reason, involved))
             elif outcome is not None:
                 self.kept = self.kept or copied(self.edit.graph)
-                self.sites.append(Site(describe(outcome.nodes[outcome.anchor]), outcome.note))
-                _rewrite(self.each, self.edit, outcome)
+                place = outcome.nodes[outcome.anchor]
+                site = Site(describe(place), outcome.note, _involved(place, outcome.nodes))
+                self.sites.append(site)
+                instead = _rewrite(self.each, self.edit, outcome)
+                self.sites[-1] = replace(site, involved=_involved(place, outcome.nodes, instead))
                 if len(self.sites) > limit:
                     raise _EndlessError
         self.refused = tuple(refused)
@@ -347,7 +436,15 @@ class _EndlessError(Exception):
     """A pass goes on matching what it has just written."""
 
 
-def _rewrite(each: Pass, edit: Edit, match: Match) -> None:
+def _involved(place: fx.Node, nodes: Iterable[fx.Node], about: Iterable[fx.Node] = ()) -> Involved:
+    made_of = dict.fromkeys(name for node in nodes for name in origins(node))
+    others = dict.fromkeys(name for node in about for name in origins(node))
+    besides = tuple(name for name in others if name not in made_of)
+    return Involved(kind(place), module_path(place), tuple(made_of), besides)
+
+
+def _rewrite(each: Pass, edit: Edit, match: Match) -> list[fx.Node]:
+    """Rewrite one place; what stands there now."""
     edit.before(match.nodes[match.anchor], match.nodes)
     replacements: Mapping[fx.Node, fx.Node] = each.rewrite(edit, match)
     for old, new in replacements.items():
@@ -358,11 +455,37 @@ def _rewrite(each: Pass, edit: Edit, match: Match) -> None:
             (user.args, user.kwargs), lambda node: replacements.get(node, node)
         )
     edit.erase_unused((*replacements, *match.nodes))
+    return list(replacements.values())
 
 
-def _with_what_it_uses(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that shares those parameters that its graph uses, and keeps no others alive."""
-    return fx.GraphModule(graph_module, copied(graph_module.graph)).eval()
+def _round_constants(graph_module: fx.GraphModule) -> int:
+    """Round the new constants of one graph; how many there were."""
+    count = 0
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        if "round_to" not in node.meta:
+            continue
+        name, dtype = str(node.target), node.meta.pop("round_to")
+        exact = attribute(graph_module, name).detach()
+        rounded = exact.to(dtype)
+        if not is_finite_as(exact, dtype) and not torch.equal(
+            torch.isfinite(exact), torch.isfinite(rounded)
+        ):
+            raise ModelError(
+                f"A folded constant of {describe(node)} cannot be kept",
+                f"It is not finite in {str(dtype).removeprefix('torch.')}",
+                "Leave the folding passes out with --passes, or use a wider dtype",
+            )
+        graph_module.register_parameter(name, torch.nn.Parameter(rounded, requires_grad=False))
+        count += 1
+    return count
+
+
+def _not_provable(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"'{name}' cannot be run in float64, so no pass can be proved",
+        _one_line(error),
+        "Use --passes none to export it as it is, and please report the model",
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -91,11 +91,30 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class Involved:
+    """Which nodes of the captured program a place in the graph has to do with.
+
+    Attributes:
+        operator: at the place, e.g. `batch_norm`.
+        module: the path of the module it came from; empty where that is unknown.
+        origins: what went into the operators that were replaced, or into the one that was refused.
+        about: what else it is about: of a site, what took the place of these operators and had
+            been there before; of a refusal, what the pass would have changed besides.
+    """
+
+    operator: str
+    module: str
+    origins: tuple[str, ...]
+    about: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Site:
     """A place in the graph where a pass matched: the node's name and what was done there."""
 
     site: str
     note: str = ""
+    involved: Involved | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,7 @@ class Refused:
 
     site: str
     reason: str
+    involved: Involved | None = None
 
 
 @dataclass(frozen=True)
@@ -376,6 +396,62 @@ class LayerDrifts:
     rows: tuple[LayerDrift, ...]
     suspect: str | None
     limit: float
+
+
+@dataclass(frozen=True)
+class LayerEvent:
+    """What one pass did to a layer, or why it did not.
+
+    Attributes:
+        name: of the pass.
+        what: `rewritten`, `refused`, or `undone` where it was taken back.
+        text: what was done, or the reason, as the pass says it.
+        at: the places, e.g. `batch_norm (features.norm)`, where they are not the layer itself.
+        took_in: modules or operators that first became one with the layer here.
+        together: other layers that had to do with it here for the first time, the first 50.
+    """
+
+    name: str
+    what: Literal["rewritten", "refused", "undone"]
+    text: str
+    at: tuple[str, ...] = ()
+    took_in: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerHistory:
+    """What became of one convolution or linear layer of the captured program.
+
+    Attributes:
+        label: what to call it; no two layers are called the same.
+        name: of its node in the captured program.
+        module: the path of the module it came from; empty for the model itself or if unknown.
+        call, calls: the number of this call of that module, from 1, and how many there are.
+        operator: e.g. `conv2d`.
+        settings: e.g. `3x3 32->64, stride 2`.
+        source: file and line of the code that called it, e.g. `net.py:31`; empty if unknown.
+        within: the operator it is inside of, where that is one that no pass looks into; else empty.
+        events: what the passes did, in the order they did it, and then what they refused.
+        became: the operators of the optimized program that it is part of.
+        one_with: the other layers of the captured program that are part of these operators, the
+            first 50.
+        gone: why it is no operator any more, or None where it is one.
+    """
+
+    label: str
+    name: str
+    module: str
+    call: int
+    calls: int
+    operator: str
+    settings: str
+    source: str
+    within: str
+    events: tuple[LayerEvent, ...]
+    became: tuple[str, ...]
+    one_with: tuple[str, ...] = ()
+    gone: str | None = None
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,31 @@ def test_a_dynamic_batch_runs_with_another_one() -> None:
     assert program.dynamic_shapes is shapes
 
 
+class Summed(nn.Module):
+    """Takes any number of inputs."""
+
+    def forward(self, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return sum(others, first)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_dynamic_shapes_of_starred_inputs_are_those_of_the_captured_ones(named: bool) -> None:
+    """The captured graph takes each of `*inputs` by a name of its own, so the shapes as the model
+    takes them did not fit when its program was exported to ONNX."""
+    left_open = {0: torch.export.Dim("batch", min=2)}
+    given = (left_open, (left_open, None))
+    shapes = dict(zip(("first", "others"), given, strict=True)) if named else given
+    inputs = (image(), image(), image(1, 3, 8, 8))
+    program = capture(LoadedModel("net", Summed().eval(), inputs, dynamic_shapes=shapes))
+    expected = {"first": left_open, "others_0": left_open, "others_1": None}
+    assert program.dynamic_shapes == expected
+    again = capture(
+        LoadedModel("again", program.graph_module, inputs, dynamic_shapes=program.dynamic_shapes)
+    )
+    other = (image(5, 3, 8, 8), image(5, 3, 8, 8), image(1, 3, 8, 8))
+    assert torch.equal(again.graph_module(*other), Summed()(*other))
+
+
 def test_asserts_on_dtypes_are_left_out() -> None:
     """They hold by construction, and would fail in float64."""
     program = captured(Calling(lambda m, x: x.to(torch.float16).to(torch.float32)), image(3))

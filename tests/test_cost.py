@@ -196,3 +196,38 @@ def test_what_is_not_used_is_not_moved() -> None:
     program = captured(Slicing(), numbers(50, 4), numbers(30))
     # Two rows of x, the scale, and one result although it is returned twice.
     assert compulsory_bytes(program) == 4 * (2 * 4 + 4 + 2 * 4)
+
+
+class Branching(nn.Module):
+    def __init__(self, turns: str) -> None:
+        super().__init__()
+        self.turns = turns
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        from torch._higher_order_ops.map import map as map_over
+        from torch._higher_order_ops.scan import scan
+        from torch._higher_order_ops.while_loop import while_loop
+
+        def twice(x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.linear(x))  # type: ignore[no-any-return]
+
+        if self.turns == "cond":
+            return torch.cond(x.sum() > 0, self.linear, twice, (x,))
+        if self.turns == "map":
+            return map_over(self.linear, x)
+        if self.turns == "scan":
+            return scan(lambda c, each: (c + 1, self.linear(each)), torch.zeros(()), x)
+        return while_loop(  # type: ignore[no-untyped-call]
+            lambda i, x: i < 7, lambda i, x: (i + 1, self.linear(x)), (torch.tensor(0), x)
+        )
+
+
+@pytest.mark.parametrize(("turns", "times"), [("cond", 2), ("while", 1), ("map", 3), ("scan", 3)])
+def test_branches_are_counted(turns: str, times: int) -> None:
+    """The dearer branch; a body once where nobody knows how often it runs; else every time."""
+    program = captured(scramble(Branching(turns)), numbers(3, 4, 5))
+    rows = 4 if turns in ("map", "scan") else 12
+    assert flops(program) == times * rows * 2 * 5 * 5
+    # The input, the weight and the bias are read, and the result is written.
+    assert compulsory_bytes(program) >= 4 * (3 * 4 * 5 + 5 * 5 + 5 + 3 * 4 * 5)

@@ -21,6 +21,7 @@ from optfuse.graph import (
     flat_inputs,
     is_call,
     kind,
+    memory_of,
     module_path,
     operators,
     origins,
@@ -395,3 +396,57 @@ def test_writes_are_an_effect_and_random_numbers_are_none() -> None:
     edit.erase_unused([*copies, drawn])
     assert [each for each in graph_module.graph.nodes if each in copies] == copies
     assert drawn not in list(graph_module.graph.nodes)
+
+
+def test_the_memory_that_a_result_lies_in() -> None:
+    def views(linear: nn.Linear, x: torch.Tensor) -> Any:
+        first, second = x.view(4, 4).transpose(0, 1).split(2)
+        largest, at = (first + second).max(0)
+        return second, largest, at, linear.weight[0], x.sin()
+
+    graph_module = graph_of(views, numbers(16))
+    second, largest, at, weight, sine = graph_module.graph.output_node().all_input_nodes
+    assert memory_of(second) == set(placeholders(graph_module.graph))
+    assert memory_of(largest) == {largest}  # several results, and none is a view
+    assert memory_of(at) == {at}
+    (held,) = memory_of(weight)
+    assert held.op == "get_attr"
+    assert memory_of(sine) == {sine}
+
+
+def branching() -> fx.GraphModule:
+    def function(linear: nn.Linear, x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: linear(x).sin(), lambda x: x.cos().cos(), (x,))
+
+    return graph_of(function, numbers(2, 4))
+
+
+def test_operators_of_branches_are_counted_while_something_calls_them() -> None:
+    graph_module = branching()
+    assert operators(graph_module) == {
+        "cos": 2,
+        "cond": 1,
+        "gt": 1,
+        "linear": 1,
+        "sin": 1,
+        "sum": 1,
+    }
+    (call,) = (each for each in graph_module.graph.nodes if kind(each) == "cond")
+    for user in list(call.users):
+        user.replace_all_uses_with(placeholders(graph_module.graph)[0])
+        graph_module.graph.erase_node(user)
+    Edit(graph_module).erase_unused((call,))
+    assert operators(graph_module) == {}
+
+
+def test_nodes_of_a_branch_are_named_after_it() -> None:
+    graph_module = branching()
+    branch = attribute(graph_module, "true_graph_0")
+    assert origins(node(branch, "sin")) == ("true_graph_0.sin",)
+    assert equals(node(branch, "sin")) == ("true_graph_0.sin",)
+    assert value(node(branch, "sin")).shape == (2, 4)
+
+
+def test_a_branch_takes_its_leaves_one_by_one() -> None:
+    branch = attribute(branching(), "false_graph_0")
+    assert flat_inputs(branch, (1, 2.5), {}) == [1, 2.5]

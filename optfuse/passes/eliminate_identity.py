@@ -16,7 +16,7 @@
 Guards: shape, dtype and device are equal, symbolic ones provably so; the strides are equal too,
 since a `view` behind it may need them; the model writes to neither's memory; no output of the model
 becomes one of its inputs or parameters, or the same tensor as another output (ONNX cannot say
-that without renaming an input or an output).
+that without renaming an input or an output), nor a view of one, which it was not before.
 
 `x + 0` turns -0.0 into 0.0, and dropping it does not; that difference is accepted. All else is
 exact for every number, infinities and not-a-numbers included.
@@ -40,6 +40,7 @@ from optfuse.graph import (
     describe,
     is_call,
     kind,
+    memory_of,
     value,
     written_memory,
 )
@@ -169,12 +170,17 @@ class EliminateIdentity(Pass):
             return "the model writes to the memory of its input"
         if self._output not in node.users:
             return None
-        if source.op == "placeholder":
-            return "its result is an output and its input is an input of the model"
-        if source.op == "get_attr":
-            return "its result is an output and its input is a parameter of the model"
+        memory = memory_of(source)
+        is_a = "is" if source in memory else "is a view of"
+        if any(each.op == "placeholder" for each in memory):
+            return f"its result is an output and its input {is_a} an input of the model"
+        if any(each.op == "get_attr" for each in memory):
+            return f"its result is an output and its input {is_a} a parameter of the model"
         if self._output in source.users:
             return "its result and its input are both outputs of the model"
+        others = [each for each in self._output.all_input_nodes if each is not node]
+        if any(memory_of(other) & memory for other in others):
+            return "its result is an output, and another output lies in the memory of its input"
         return None
 
 

@@ -4,7 +4,8 @@
 
 Weight-norm and spectral-norm become plain weights, masks and position tables are computed once.
 Tensors that the model makes from nothing (`arange`, `zeros`, `full`) are constants too where they
-are small.
+are small, and so are those that it makes like another tensor (`new_zeros`, `ones_like`): they have
+its dtype, perhaps its shape, and none of its numbers.
 
 The whole chain is computed in float64 and its end is rounded, once, to the dtype the model gives it
 (integers and booleans stay exact). So it is closer to the model's function than the chain of
@@ -52,6 +53,10 @@ _UNFOLDED = (
     aten.fake_quantize_per_channel_affine,
 )
 
+_NEW = (aten.new_zeros, aten.new_ones, aten.new_full)
+_LIKE = (aten.zeros_like, aten.ones_like, aten.full_like)
+"""They read no number of their first argument, but its dtype and, in `_LIKE`, its shape."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Folded(Match):
@@ -87,6 +92,8 @@ class FoldConstants(Pass):
             u in self._constant for u in node.users
         ):
             return None
+        if is_call(node, aten.clone.default) and _is_only_returned(node):
+            return None
         chain, leaves = _chain(node)
         replaced_bytes = sum(self._replaceable.get(leaf, 0) for leaf in leaves)
         refusal = _refuse_growth(_size_bytes(value(node)), replaced_bytes, LIMIT_BYTES)
@@ -112,7 +119,7 @@ def _classify(node: fx.Node, constant: set[fx.Node]) -> bool | Refusal:
     """Whether a node's result is a constant that may be computed, given those before it."""
     if node.op == "get_attr":
         return constant_of(node) is not None
-    inputs = node.all_input_nodes
+    inputs = _read(node)
     if not all(each in constant for each in inputs) or not _is_functional(node):
         return False
     if is_call(node, operator.getitem):
@@ -124,6 +131,24 @@ def _classify(node: fx.Node, constant: set[fx.Node]) -> bool | Refusal:
         input_bytes = sum(_size_bytes(value(each)) for each in inputs)
         return _refuse_growth(result_bytes, input_bytes, LIMIT_BYTES) or True
     return _refuse_growth(result_bytes, 0, CREATED_LIMIT_BYTES) or True
+
+
+def _is_only_returned(copy: fx.Node) -> bool:
+    """Whether it copies a constant so that what is returned is no constant of the model."""
+    source = copy.args[0]
+    assert isinstance(source, fx.Node)
+    return source.op == "get_attr" and all(user.op == "output" for user in copy.users)
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Those of its inputs that a node reads numbers of."""
+    made_like = node.args[0] if _is_made_like(node) else None
+    return [each for each in node.all_input_nodes if each is not made_like]
+
+
+def _is_made_like(node: fx.Node) -> bool:
+    """Whether the node's first argument gives its dtype alone, or its shape too."""
+    return getattr(node.target, "overloadpacket", None) in (*_NEW, *_LIKE)
 
 
 def _is_functional(node: fx.Node) -> bool:
@@ -176,13 +201,13 @@ def _chain(last: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     waiting = [last]
     while waiting:
         node = waiting[-1]
-        ahead = [n for n in node.all_input_nodes if n.op != "get_attr" and n not in chain]
+        ahead = [n for n in _read(node) if n.op != "get_attr" and n not in chain]
         if ahead:
             waiting += ahead
             continue
         waiting.pop()
         chain[node] = None
-        leaves.update(dict.fromkeys(n for n in node.all_input_nodes if n.op == "get_attr"))
+        leaves.update(dict.fromkeys(n for n in _read(node) if n.op == "get_attr"))
     return list(chain), list(leaves)
 
 
@@ -194,7 +219,10 @@ def _compute(chain: list[fx.Node]) -> torch.Tensor | Refusal:
 
     for node in chain:
         assert callable(node.target)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
+        given = node.args
+        if _is_made_like(node):
+            given = (_like(node), *given[1:])
+        args, kwargs = fx.node.map_arg((given, node.kwargs), load)
         try:
             results[node] = call_float64(node.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -206,6 +234,14 @@ def _compute(chain: list[fx.Node]) -> torch.Tensor | Refusal:
     if not torch.equal(torch.isfinite(data), torch.isfinite(data.to(expected.dtype))):
         return Refusal(f"its result is finite in float64 and overflows in {_name(expected.dtype)}")
     return data
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    """A tensor without meaning, as good as the first argument of one of `_NEW` or `_LIKE`."""
+    assert isinstance(node.args[0], fx.Node)
+    model = value(node.args[0])
+    shape = value(node).shape if node.target.overloadpacket in _LIKE else ()  # type: ignore[union-attr]
+    return torch.empty(shape, dtype=model.dtype, device=model.device)
 
 
 def _refuse_growth(result_bytes: int, replaced_bytes: int, limit_bytes: int) -> Refusal | None:

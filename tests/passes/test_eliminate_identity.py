@@ -472,3 +472,26 @@ def test_branches_keep_their_operands() -> None:
         torch.testing.assert_close(
             after.graph_module(each), before.graph_module(each), rtol=0, atol=0
         )
+
+
+class Views(nn.Module):
+    """A copy of a view of an input, of a view of a parameter, and of a view that is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.5, 2.5]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.exp()
+        return x[0].clone(), self.weight.view(2, 1).clone(), y[0], y[1].clone(), y.cos()
+
+
+def test_an_output_does_not_become_a_view_that_it_was_not() -> None:
+    before = captured(Views(), torch.randn(2, 3, generator=torch.Generator().manual_seed(3)))
+    after = optimized(before, PASS)
+    assert counts(after) == counts(before)
+    assert reasons(after, PASS) == [
+        "its result is an output and its input is a view of an input of the model",
+        "its result is an output and its input is a view of a parameter of the model",
+        "its result is an output, and another output lies in the memory of its input",
+    ]

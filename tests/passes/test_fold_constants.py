@@ -139,6 +139,36 @@ def test_what_the_model_makes_itself() -> None:
     assert_settled(after, PASS)
 
 
+def test_what_is_made_like_a_tensor_has_none_of_its_numbers() -> None:
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        """The mask of shifted windows, as Swin makes it for each input."""
+        mask = x.new_zeros((4, 4))
+        for number, (start, stop) in enumerate([(0, 2), (2, 3), (3, 4)]):
+            mask[start:stop] = number + 0.5
+        mask = mask - mask.t()
+        mask = mask.masked_fill(mask != 0, -100.0)
+        return x.exp() + mask + torch.ones_like(x) * 3 + torch.full_like(x, 0.25)
+
+    before = program_of(windows)
+    after = optimized(before, PASS)
+    assert counts(after) == {"exp": 1, "add": 3}
+    # Small numbers that float32 has exactly.
+    assert_same_function(before, after, tolerance=EXACT)
+    assert_settled(after, PASS)
+
+
+def test_what_is_made_like_a_tensor_keeps_its_dtype() -> None:
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = (x > 0).long()
+        return x * x.new_ones(4), whole * torch.full_like(whole, 7), whole * x.new_full((4,), 0.5)
+
+    before = program_of(function)
+    after = optimized(before, PASS)
+    assert {c.dtype for c in constants_of(after)} == {torch.float32, torch.int64}
+    assert counts(after).keys() == {"gt", "mul", "_to_copy"}
+    assert_same_function(before, after, tolerance=EXACT)
+
+
 def test_several_results() -> None:
     def function(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         first, second = (c * 2).split(2)
@@ -325,6 +355,24 @@ def test_leaves_dynamic_shapes_alone() -> None:
     )
 
 
+def test_leaves_what_is_made_like_a_tensor_of_dynamic_shape() -> None:
+    class Like(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones_like(x) * 2 + x.new_full((1,), 3) + x.new_zeros(x.shape[0])
+
+    before = capture(
+        LoadedModel("d", Like(), (numbers(4),), {}, dynamic_shapes=({0: Dim("n", min=2)},))
+    )
+    after = optimized(before, PASS)
+    left = {name: n for name, n in counts(after).items() if name != "sym_size"}
+    assert left == {"ones_like": 1, "mul": 1, "new_zeros": 1, "add": 3}
+    longer = numbers(7)
+    # The same operators on the same numbers: equal to the last bit.
+    torch.testing.assert_close(
+        after.graph_module(longer), before.graph_module(longer), rtol=0, atol=0
+    )
+
+
 def test_leaves_sizes_that_depend_on_numbers_alone() -> None:
     before = program_of(lambda x, c: x + c.nonzero().sum(), numbers(4))
     after = optimized(before, PASS)
@@ -336,3 +384,19 @@ def test_nothing_to_do() -> None:
     after = optimized(before, PASS)
     assert counts(after) == counts(before)
     assert constants_of(after)[0].data_ptr() == constants_of(before)[0].data_ptr()
+
+
+def test_a_copy_that_is_returned_stays() -> None:
+    """So that no caller gets the model's own constant, and none of two gets the other's."""
+
+    def function(x: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return c.clone(), x + 1, (c * 2).clone()
+
+    before = program_of(function, torch.tensor([1.5, 2.5, 3.5, 4.5]))
+    after = optimized(before, PASS)
+    assert counts(after) == {"clone": 1, "add": 1}
+    assert [each.note for each in step(after, PASS).sites] == [
+        "a constant of shape (4,) from 2 operators"
+    ]
+    assert_same_function(before, after, tolerance=EXACT)
+    assert_settled(after, PASS)
