@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx.parser
-import onnxscript.optimizer
 import torch
 
-from optfuse import backends, cost, stats
+from optfuse import backends, cost, memory, stats
 from optfuse.ablate import ablate
 from optfuse.backends import Backend, Session
 from optfuse.capture import capture
@@ -30,6 +25,7 @@ from optfuse.errors import (
     OptfuseError,
     UsageError,
 )
+from optfuse.explain import fitting, histories, norms_left, places_elsewhere
 from optfuse.export import data_file, export, export_baseline
 from optfuse.files import cache_folder, sha256, staged, write_text
 from optfuse.float64 import run_float64, torch_threads
@@ -48,6 +44,7 @@ from optfuse.stages import (
     EngineReport,
     InputSpec,
     LayerDrifts,
+    LayerHistory,
     LoadedModel,
     Measurement,
     Notify,
@@ -64,20 +61,6 @@ LARGE_BYTES = 256 * 2**20
 """From parameters of this size on, engines take turns and memory is spared. All variants of eager
 PyTorch and ONNX Runtime open at once take up to eleven times the parameters: 3 GB for these, which
 most machines have, and soon after it is more than they have."""
-
-_ANOTHER_MODEL = """
-<ir_version: 8, opset_import: ["": 18]> another (float[1] x) => (float[1] y) { y = Relu(x) }
-"""
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt, as malloc.h numbers them."""
-
-_MAPPED_FROM_BYTES = 256 * 2**10
-"""Small enough for nearly all of a large model's parameters, and so large that the few thousand
-blocks of a model stay far below Linux's limit of 65530 mappings."""
-
-_GLIBC_MAPS_FROM_BYTES = 32 * 2**20
-"""Where glibc itself takes M_MMAP_THRESHOLD at most, in a process that frees large blocks."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +132,7 @@ def _run(
     parameter_bytes = _parameter_bytes(model)
     found = _Findings(output)
 
-    with _freed_at_once(parameter_bytes):
+    with memory.freed_at_once(parameter_bytes >= LARGE_BYTES):
         notify(f"Capturing {model.name} with torch.export", None)
         captured = capture(model)
         faster = optimize(captured, selected, seed=request.source.seed, notify=notify)
@@ -196,44 +179,58 @@ def _run(
     return Outcome(report, (*undone, *found.failures))
 
 
-def explain(source: Source, passes: str, notify: Notify = silent) -> Program:
-    """Run the passes alone; the program's trace says what each one did and left, and why.
+@dataclass(frozen=True)
+class Explanation:
+    """What the passes did and left, and why.
+
+    Attributes:
+        program: after them, with the trace of each pass.
+        histories: the same layer by layer.
+        norms: the batch norms that stay because they stand behind no convolution, where all layers
+            were asked for.
+        elsewhere: how many refused places have to do with none of the layers, likewise.
+    """
+
+    program: Program
+    histories: tuple[LayerHistory, ...]
+    norms: tuple[str, ...] = ()
+    elsewhere: int = 0
+
+    def document(self, *, by_pass: bool) -> Report:
+        """What each pass did, or what became of each layer, as JSON has it."""
+        if by_pass:
+            steps = [schema.step_document(step) for step in self.program.trace]
+            return Report({"model": self.program.name, "steps": steps})
+        told = [schema.history_document(history) for history in self.histories]
+        left = {"norms": self.norms, "elsewhere": self.elsewhere}
+        return Report({"model": self.program.name, "convolutions": told, **left})
+
+
+def explain(
+    source: Source, passes: str, module: str | None = None, notify: Notify = silent
+) -> Explanation:
+    """Run the passes alone, and say what they did.
+
+    Args:
+        source: the model.
+        passes: as `--passes` has it.
+        module: a pattern that the paths of the layers' modules have to fit, or None for all.
+        notify: told what is going on.
 
     Raises:
-        OptfuseError: the model cannot be loaded or captured, or a pass does not exist.
+        OptfuseError: the model cannot be loaded or captured, a pass does not exist, or no layer
+            fits the pattern.
     """
     selected = select(passes)
     notify(f"Loading {source.text}", None)
     model = load(source)
     notify(f"Capturing {model.name} with torch.export", None)
-    return optimize(capture(model), selected, seed=source.seed, notify=notify)
-
-
-@contextmanager
-def _freed_at_once(parameter_bytes: int) -> Iterator[None]:
-    """With a large model: give memory back to the system the moment that it is freed.
-
-    By itself glibc keeps freed blocks of up to 32 MiB for later ones. Once something small has
-    taken a piece of one, the next large one does not fit in any more, and whether the passes took
-    3.1 or 5.0 times the parameters was a matter of luck. Not while latency is measured: a mapping
-    made for each activation would cost eager PyTorch time that it does not take elsewhere.
-    """
-    if parameter_bytes < LARGE_BYTES:
-        yield
-        return
-    _glibc("mallopt", _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
-    try:
-        yield
-    finally:
-        _glibc("mallopt", _M_MMAP_THRESHOLD, _GLIBC_MAPS_FROM_BYTES)
-        _glibc("mallopt", _M_TRIM_THRESHOLD, 2 * _GLIBC_MAPS_FROM_BYTES)
-
-
-def _glibc(name: str, *arguments: int) -> None:
-    """Call a function that glibc has; other C libraries have no such function, nor need it."""
-    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-    if function is not None:
-        function(*arguments)
+    captured = capture(model)
+    faster = optimize(captured, selected, seed=source.seed, notify=notify)
+    told = histories(captured, faster)
+    if module is not None:
+        return Explanation(faster, fitting(told, module))
+    return Explanation(faster, told, norms_left(faster), places_elsewhere(faster.trace, told))
 
 
 @dataclass
@@ -263,6 +260,7 @@ class _Described:
     inputs: list[InputSpec]
     before: schema.ProgramCounts
     after: schema.ProgramCounts
+    histories: tuple[LayerHistory, ...]
 
 
 @dataclass(frozen=True)
@@ -353,11 +351,7 @@ def _make_room(coming: Sequence[Sequence[Backend]], trial: _Trial) -> None:
         return
     if not any(engine.consumes == "program" for turn in coming for engine in turn):
         trial.programs.clear()
-    # onnxscript's rewrite rules live as long as the process and hold the graph that they looked at
-    # last, whose nodes hold the program that was exported: they get another one to look at.
-    onnxscript.optimizer.optimize(onnx.parser.parse_model(_ANOTHER_MODEL))
-    gc.collect()  # graph modules are in reference cycles
-    _glibc("malloc_trim", 0)
+    memory.give_back()
 
 
 def _can_run(engines: Sequence[Backend]) -> bool:
@@ -374,7 +368,7 @@ def _take_turn(
 ) -> None:
     """Open, compare, measure and close these engines."""
     with ExitStack() as stack:
-        with _freed_at_once(trial.parameter_bytes):
+        with memory.freed_at_once(trial.is_large):
             sessions = _open_all(engines, trial, found, stack, notify)
         _compare_all(sessions, trial.reference, found)
         _measure_all(sessions, seconds, request, found, notify)
@@ -655,6 +649,7 @@ def _report(
         warnings=found.warnings,
         layers=found.layers,
         ablation=found.ablation,
+        histories=described.histories,
         directory=found.output,
     )
 
@@ -706,6 +701,7 @@ def _describe(selected: Sequence[Pass], captured: Program, faster: Program) -> _
         inputs=_described_inputs(captured),
         before=_counts(captured),
         after=_counts(faster),
+        histories=histories(captured, faster),
     )
 
 

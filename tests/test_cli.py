@@ -256,6 +256,35 @@ def test_explain_names_sites_and_refusals_and_writes_nothing(folder: Path) -> No
     assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["net_of_cli_tests.py"]
 
 
+def test_explain_goes_by_convolution_or_by_pass(folder: Path) -> None:
+    told = typed("explain", "net_of_cli_tests.py:build")
+    assert told.stdout.startswith("stem  conv2d 3x3 3->8  net_of_cli_tests.py:")
+    assert "now conv_act, one with right" in told.stdout
+    by_pass = typed("explain", "net_of_cli_tests.py:build", "--by", "pass")
+    assert by_pass.stdout.startswith("eliminate_identity: ")
+
+
+def test_explain_as_json_has_the_same(folder: Path) -> None:
+    told = json.loads(typed("explain", "net_of_cli_tests.py:build", "--json").stdout)
+    assert told["model"]
+    assert {row["operator"] for row in told["convolutions"]} >= {"conv2d"}
+    steps = json.loads(typed("explain", "net_of_cli_tests.py:build", "--by=pass", "--json").stdout)
+    assert "fold_conv_bn" in [step["name"] for step in steps["steps"]]
+
+
+def test_explain_shows_some_modules_alone(folder: Path) -> None:
+    some = typed("explain", "net_of_cli_tests.py:build", "--module", "stem*", "--json")
+    modules = [row["module"] for row in json.loads(some.stdout)["convolutions"]]
+    assert modules
+    assert all(module.startswith("stem") for module in modules)
+    none = typed("explain", "net_of_cli_tests.py:build", "--module", "nowhere")
+    assert none.exit_code == 2
+    assert "No convolution fits --module nowhere" in none.stderr
+    both = typed("explain", "net_of_cli_tests.py:build", "--module", "*", "--by", "pass")
+    assert both.exit_code == 2
+    assert "Leave one of the two out" in both.stderr
+
+
 def test_normalisation_goes_into_the_file(folder: Path) -> None:
     model = ("net_of_cli_tests.py:build", "--engine", "onnxruntime", "--output")
     said = optimized(*model, "raw", "--normalize", "mean=0.4,0.5,0.6,std=0.2,0.3,0.25").stdout

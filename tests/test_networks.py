@@ -4,10 +4,14 @@ function."""
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.zoo.figures import figures_of
 from tests.harness import assert_same_function, captured, counts, optimized, reasons
 
 
@@ -111,6 +115,11 @@ NETWORKS = {
 }
 
 
+ZOO = Path(__file__).parent.parent / "docs" / "zoo.json"
+SNAPSHOT: dict[str, dict[str, Any]] = json.loads(ZOO.read_text(encoding="utf-8"))
+"""Of every network, what `make zoo` counted."""
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_comes_to_what_is_written_here(name: str) -> None:
     network = importlib.import_module(f"models.{name}")
@@ -127,6 +136,8 @@ def test_a_network_comes_to_what_is_written_here(name: str) -> None:
     assert tuple(batch_norms) == expected.batch_norms
     rewritten = {s.name: s.matched for s in after.trace if s.stage == "pass" and s.matched}
     assert rewritten == expected.rewritten
+    figures = figures_of(before, after)
+    assert figures == {key: SNAPSHOT[f"models/{name}"][key] for key in figures}
     # Rounding the folded constants to float32 costs 6e-8 a layer; the deepest network here
     # amplifies that to 3e-6.
     assert_same_function(before, after, tolerance=1e-5)

@@ -393,13 +393,14 @@ def _match_partial(concat: Concat) -> Partial | Refusal | None:
     layers = [layer for user in users if (layer := _layer_on(concat, user)) is not None]
     if not layers or len(concat.tensors) < 2:
         return None
+    about = tuple(layer.node for layer in layers)
     for user in users:
         layer = _layer_on(concat, user)
         if layer is None:
-            return Refusal(f"the concat stays, since {describe(user)} reads it too")
+            return Refusal(f"the concat stays, since {describe(user)} reads it too", about)
         reason = _why_not_partial(layer)
         if reason:
-            return Refusal(f"the concat stays, since {reason}")
+            return Refusal(f"the concat stays, since {reason}", about)
     return Partial(
         nodes=(concat.node, *users),
         anchor=0,
@@ -434,7 +435,11 @@ def _why_not_partial(layer: Convolution) -> str | None:
 
 
 def _sum_of_parts(edit: Edit, match: Partial) -> Mapping[fx.Node, fx.Node]:
-    return {layer.node: _sum_over(edit, match.concat, layer) for layer in match.layers}
+    summed = {}
+    for layer in match.layers:
+        edit.before(match.concat.node, (match.concat.node, layer.node))
+        summed[layer.node] = _sum_over(edit, match.concat, layer)
+    return summed
 
 
 def _sum_over(edit: Edit, concat: Concat, layer: Convolution) -> fx.Node:

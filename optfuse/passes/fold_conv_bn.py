@@ -20,7 +20,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -89,21 +89,37 @@ class FoldConvBn(Pass):
 
     def match(self, node: fx.Node) -> Match | Refusal | None:
         """Called at the batch norm or at the arithmetic behind the convolution."""
+        outcome: Match | Refusal | None = None
         if is_call(node, *_TRAINING):
-            return _refuse_training(node)
-        if is_call(node, BATCH_NORM):
-            return _match_batch_norm(node)
-        if is_call(node, *ARITHMETIC):
-            return _match_arithmetic(node)
-        return None
+            outcome = _refuse_training(node)
+        elif is_call(node, BATCH_NORM):
+            outcome = _match_batch_norm(node)
+        elif is_call(node, *ARITHMETIC):
+            outcome = _match_arithmetic(node)
+        if isinstance(outcome, Refusal):
+            return replace(outcome, about=_in_front(node))
+        return outcome
 
     def rewrite(self, edit: Edit, match: Match) -> Mapping[fx.Node, fx.Node]:
         """The same convolutions with the folded weights (and the concat of them)."""
         assert isinstance(match, Fold)
-        results = [_rewrite_one(edit, folded) for folded in match.folded]
         if match.cat is None:
-            return {match.result: results[0]}
+            return {match.result: _rewrite_one(edit, match.folded[0])}
+        behind = match.nodes[len(match.folded) :]
+        results = []
+        for folded in match.folded:
+            edit.before(match.result, (folded.convolution.node, *behind))
+            results.append(_rewrite_one(edit, folded))
+        edit.before(match.result, match.nodes)
         return {match.result: edit.call(aten.cat.default, results, arguments(match.cat)["dim"])}
+
+
+def _in_front(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The layers that what is calculated at `node` could go into."""
+    sources = [each for each in node.args[:2] if isinstance(each, fx.Node)]
+    in_concat = [arguments(each)["tensors"] for each in sources if is_call(each, aten.cat.default)]
+    candidates = dict.fromkeys((*sources, *(each for tensors in in_concat for each in tensors)))
+    return tuple(each for each in candidates if convolution_of(each) is not None)
 
 
 def _rewrite_one(edit: Edit, folded: Folded) -> fx.Node:

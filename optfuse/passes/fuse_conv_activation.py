@@ -135,7 +135,9 @@ def _match_sum(add: fx.Node, ending: Ending) -> Fusion | Refusal | None:
             continue
         residual = right if node is left else left
         reason = _why_not_residual(node, residual, bound["alpha"])
-        outcome = Refusal(reason) if reason else _fuse(convolution, ending, add, residual)
+        outcome = (
+            Refusal(reason, about=(node,)) if reason else _fuse(convolution, ending, add, residual)
+        )
         if isinstance(outcome, Fusion):
             return outcome
         first = first or outcome
@@ -170,18 +172,20 @@ def _fuse(
 ) -> Fusion | Refusal:
     inner = (convolution.node, *([] if add is None else [add]), *ending.reading.between)
     nodes = (*inner, ending.node)
+    about = (convolution.node,)
     for node in inner:
         reason = _why_seen_by_others(node, nodes)
         if reason:
-            return Refusal(reason)
+            return Refusal(reason, about)
     if convolution.padding is None:
-        return Refusal("its padding 'same' pads one side more than the other")
+        return Refusal("its padding 'same' pads one side more than the other", about)
     slope = ending.reading.slope
     unbatched = value(convolution.node).dim() == convolution.spatial + 1
     if slope is not None and unbatched and not _equal(value(slope).numel(), 1):
         return Refusal(
             "the PReLU runs over dimension 1, the channels of the convolution without a batch "
-            "are in dimension 0"
+            "are in dimension 0",
+            about,
         )
     with_residual = "" if residual is None else f" and the sum with {describe(residual)}"
     return Fusion(

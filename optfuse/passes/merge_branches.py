@@ -226,8 +226,9 @@ def _share(node: fx.Node, here: fx.Node, between: Sequence[Axis]) -> Fraction:
 
 @dataclass(frozen=True)
 class Merged:
-    """A new convolution on `x`; its names and dtype are those of `like`."""
+    """A new convolution on `x` in place of others; its names and dtype are those of `like`."""
 
+    nodes: tuple[fx.Node, ...]
     x: fx.Node
     kernel: Kernel
     like: Convolution
@@ -284,12 +285,19 @@ class MergeBranches(Pass):
     def rewrite(self, edit: Edit, match: Match) -> Mapping[fx.Node, fx.Node]:
         """The new convolutions, and the sum of them and of what is left."""
         assert isinstance(match, Merge)
-        total, *more = [self._convolution(edit, each) for each in match.merged]
-        for each in more:
-            total = _add(edit, total, each, 1.0)
+        root, gone = match.nodes[match.anchor], {n for each in match.merged for n in each.nodes}
+        sums = [node for node in match.nodes if node not in gone]
+        made = []
+        for each in match.merged:
+            edit.before(root, (*each.nodes, *sums))
+            made.append(self._convolution(edit, each))
+        edit.before(root, match.nodes)
+        total, *more = made
+        for part in more:
+            total = _add(edit, total, part, 1.0)
         for rest in match.rest:
             total = self._add_rest(edit, total, rest)
-        return {match.nodes[match.anchor]: total}
+        return {root: total}
 
     def _convolution(self, edit: Edit, merged: Merged) -> fx.Node:
         dtype = value(merged.like.weight).dtype
@@ -360,9 +368,15 @@ def _match_sum(root: fx.Node, dim: int) -> Merge | Refusal | None:
             reasons += [each for each in branches if isinstance(each, str)]
             groups += _grouped([each for each in branches if isinstance(each, Branch)], reasons)
     reasons += _why_shared(tree, found)
-    if groups:
-        return _merge(tree, groups)
-    return Refusal(reasons[0]) if reasons else None
+    outcome = _merge(tree, groups) if groups else Refusal(reasons[0]) if reasons else None
+    return replace(outcome, about=_held_in(tree)) if isinstance(outcome, Refusal) else outcome
+
+
+def _held_in(tree: Tree) -> tuple[fx.Node, ...]:
+    """The convolutions that are added up."""
+    inside = [each for node in tree.shared for each in operands(node)]
+    candidates = dict.fromkeys((*(node for node, _ in tree.terms), *inside))
+    return tuple(node for node in candidates if convolution_of(node) is not None)
 
 
 def _branches(tree: Tree) -> dict[fx.Node, list[Branch | str]]:
@@ -479,15 +493,16 @@ def _match_pair(inner: Convolution, outer: Convolution) -> Merge | Refusal | Non
     branch = _convolution_branch(outer, outer.node.users, ones)
     pair = branch if isinstance(branch, str) else _pair(inner, branch)
     if isinstance(pair, str):
-        return Refusal(pair)
+        return Refusal(pair, about=(inner.node,))
     if pair.layout.weights > pair.cost:
         costs = _against(pair.layout.weights, pair.cost)
-        return Refusal(f"it and {describe(inner.node)} in one would take {costs}")
+        costly = f"it and {describe(inner.node)} in one would take {costs}"
+        return Refusal(costly, about=(inner.node,))
     group = Group((pair,), pair.layout, pair.cost)
     kernel = group.kernel()
     reason = _why_not_finite([kernel], [], value(outer.node).dtype)
     if reason is not None:
-        return Refusal(reason)
+        return Refusal(reason, about=(inner.node,))
     merged = _merged(group, kernel)
     return Merge(
         nodes=(inner.node, outer.node),
@@ -499,7 +514,8 @@ def _match_pair(inner: Convolution, outer: Convolution) -> Merge | Refusal | Non
 def _merged(group: Group, kernel: Kernel) -> Merged:
     # The first branch is the costliest, so there is a convolution in it.
     convolutions = group.branches[0].convolutions
-    return Merged(convolutions[-1].x, kernel, convolutions[0])
+    nodes = tuple(each.node for each in group.convolutions)
+    return Merged(nodes, convolutions[-1].x, kernel, convolutions[0])
 
 
 def _why_not_finite(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from optfuse.report.convolutions import convolutions
 from optfuse.report.table import (
     NONE,
     Column,
@@ -73,6 +74,7 @@ def page(document: Document, *, brief: bool = False) -> Page:
             *engines(document),
             *([] if brief else [operators(document)]),
             refusals(document, limit=_REFUSAL_GROUPS if brief else None),
+            *([] if brief else convolutions(document)),
             artifacts(document),
         ),
     )
@@ -468,7 +470,7 @@ def refusals(document: Document, limit: int | None = None) -> Table:
     shown = ordered[:limit]
     rows = [(name, reason, str(len(sites)), _first(sites)) for (name, reason), sites in shown]
     left_out = len(ordered) - len(shown)
-    note = f"{left_out} more reasons: 'optfuse explain' shows them all."
+    note = f"{left_out} more reasons: 'optfuse explain --by pass' shows them all."
     notes = (note.replace("reasons", "reason") if left_out == 1 else note,) if left_out else ()
     return table(REFUSED, columns, rows, empty="No pass refused a place.", notes=notes)
 

@@ -26,6 +26,7 @@ from optfuse.stages import (
     EngineReport,
     InputSpec,
     LayerDrifts,
+    LayerHistory,
     Measurement,
     Report,
     Source,
@@ -168,6 +169,7 @@ def assemble(
     warnings: Sequence[Caveat] = (),
     layers: LayerDrifts | None = None,
     ablation: Sequence[Ablated] = (),
+    histories: Sequence[LayerHistory] = (),
     directory: Path | None = None,
     created: datetime | None = None,
 ) -> Report:
@@ -192,6 +194,7 @@ def assemble(
         warnings: what makes the latencies doubtful.
         layers: drift layer by layer, or None where it was not taken.
         ablation: what each pass earned, where that was measured.
+        histories: what became of every convolution.
         directory: artifact paths inside it are written relative to it, so that the folder can move.
         created: when, now by default.
     """
@@ -216,6 +219,7 @@ def assemble(
         "warnings": [asdict(caveat) for caveat in warnings],
         "layers": None if layers is None else asdict(layers),
         "ablation": [_ablated(each) for each in ablation],
+        "convolutions": [history_document(each) for each in histories],
     }
     return Report(strict(document))
 
@@ -302,6 +306,12 @@ def step_document(step: Step) -> dict[str, Any]:
         "undone": step.undone,
     }
     plain: dict[str, Any] = strict(document)
+    return plain
+
+
+def history_document(history: LayerHistory) -> dict[str, Any]:
+    """What became of one layer, as it stands in the document."""
+    plain: dict[str, Any] = strict(asdict(history))
     return plain
 
 

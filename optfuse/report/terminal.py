@@ -15,10 +15,10 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from optfuse.report import kinds, rows
-from optfuse.report.schema import step_document
+from optfuse.report import convolutions, kinds, rows
+from optfuse.report.schema import history_document, step_document
 from optfuse.report.table import Column, Page, Table, printable
-from optfuse.stages import Report, Step
+from optfuse.stages import LayerHistory, Report, Step
 
 _VERDICT_STYLES = {
     **{"faster": "green", "slower": "red", "undecided": "yellow"},
@@ -61,6 +61,45 @@ def render_explain(explained: Report | Sequence[Step], console: Console) -> None
     lines = rows.explanation(steps)
     for level, line in lines or [(0, "No pass was run.")]:
         console.print(Padding(Text(line), (0, 0, 0, level * _INDENT), expand=False))
+
+
+def render_histories(
+    histories: Sequence[LayerHistory], norms: Sequence[str], elsewhere: int, console: Console
+) -> None:
+    """Print what became of every layer, and why; each line whole where no terminal has a width.
+
+    Args:
+        histories: of the layers.
+        norms, elsewhere: what else there is to say, as `convolutions.left` takes it.
+        console: where to.
+    """
+    for number, history in enumerate(map(history_document, histories)):
+        if number:
+            console.print()
+        label, about = convolutions.heading(history)
+        fits = cell_len(label) + _GAP + cell_len(about) <= console.width
+        title = Text(label, style="bold")
+        if fits or not console.is_terminal:
+            title, about = Text.assemble(title, " " * _GAP, about), ""
+        _hang(console, title, 0)
+        for line in filter(None, (about, *convolutions.happened(history))):
+            _hang(console, Text(line), _INDENT)
+    if not histories:
+        _hang(console, Text("The model has no convolution."), 0)
+    for line in convolutions.left(norms, elsewhere):
+        console.print()
+        _hang(console, Text(line), 0)
+
+
+def _hang(console: Console, line: Text, indent: int) -> None:
+    """Print a line, and where it takes several of a terminal's, those behind it further in."""
+    fits = indent + cell_len(line.plain) <= console.width
+    if fits or not console.is_terminal:
+        console.print(Text(" " * indent) + line, soft_wrap=True)
+        return
+    width = max(console.width - indent - _INDENT, 1)
+    for number, part in enumerate(line.wrap(console, width)):
+        console.print(Text(" " * (indent + (_INDENT if number else 0))) + part)
 
 
 def _draw(console: Console, table: Table) -> None:

@@ -217,9 +217,9 @@ def test_refusals_show_the_first_places_and_count_the_groups_left_out() -> None:
 
     table = rows.refusals(document, limit=1)
     assert table.rows == (("elide_concat", "it is dynamic", "9", "cat_0, cat_1, cat_2, ..."),)
-    assert table.notes == ("3 more reasons: 'optfuse explain' shows them all.",)
+    assert table.notes == ("3 more reasons: 'optfuse explain --by pass' shows them all.",)
     assert rows.refusals(document, limit=3).notes == (
-        "1 more reason: 'optfuse explain' shows them all.",
+        "1 more reason: 'optfuse explain --by pass' shows them all.",
     )
 
 
