@@ -35,10 +35,9 @@ Passage = Literal["moves", "averages", "scales"]
 *moves*: it only carries elements to other places. *averages*: f(s x + t) = s f(x) + t. *scales*:
 f(s x) = s f(x), but a t is not kept."""
 
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _VIEWS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+    *_RESHAPES,
     aten.transpose.int,
     aten.t.default,
     aten.permute.default,
@@ -186,16 +185,21 @@ def _numbers(lanes: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _viewed(node: fx.Node, lanes: torch.Tensor) -> Lanes | None:
-    source = node.args[0]
+    source, target = node.args[0], node.target
 
     def given(argument: fx.Node) -> Any:
         return lanes if argument is source else value(argument)
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
-    assert callable(node.target)
     try:
         with lanes.fake_mode:  # type: ignore[attr-defined]
-            result = node.target(*args, **kwargs)
+            if is_call(node, *_RESHAPES):
+                # Without dimensions of size 1: torch's fake view takes what lies on both sides of
+                # one for a single strided piece, whatever the strides. And never as a copy.
+                lanes = lanes.squeeze([n for n, size in enumerate(lanes.shape) if _is_one(size)])
+                target = aten.view.default
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+            assert callable(target)
+            result = target(*args, **kwargs)
     except (RuntimeError, ValueError):  # these elements are not one strided piece of memory
         return None
     several = tuple(result) if isinstance(result, (list, tuple)) else (result,)
@@ -205,6 +209,10 @@ def _viewed(node: fx.Node, lanes: torch.Tensor) -> Lanes | None:
         if not all(isinstance(number, int) for number in (*counted, each.storage_offset())):
             return None
     return several if isinstance(result, (list, tuple)) else several[0]
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _calculated_along(node: fx.Node, bound: Mapping[str, Any], rank: int) -> Iterable[int]:

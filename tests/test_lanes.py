@@ -102,6 +102,23 @@ LOST: dict[str, tuple[int, Callable[[torch.Tensor], Any]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("shape", "joined"), [((CHANNELS, 1, 5), (-1,)), ((2, CHANNELS, 1, 1, 5), (2, -1))]
+)
+def test_channels_are_not_joined_with_places_over_a_dimension_of_size_one(
+    shape: tuple[int, ...], joined: tuple[int, ...]
+) -> None:
+    """torch's fake view takes both sides of such a dimension for one piece, whatever their strides:
+    one number for all elements then went into the first channel alone."""
+    x = torch.zeros(shape)
+    dim = shape.index(CHANNELS)
+    assert [node.op for node in walk(lambda x: x.view(joined), x, dim)] == ["placeholder"]
+    # Where the other dimensions are of size one as well, there is nothing to join them with.
+    x = torch.arange(CHANNELS).reshape(1, CHANNELS, 1, 1)
+    *_, found = walk(lambda x: x.view(-1), x, 1).values()
+    assert torch.equal(written_out(found), x.view(-1))
+
+
 @pytest.mark.parametrize("case", LOST)
 def test_what_mixes_channels_is_not_followed(case: str) -> None:
     dim, function = LOST[case]

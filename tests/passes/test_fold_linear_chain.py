@@ -570,6 +570,12 @@ def test_constants_are_rounded_once_to_the_models_own_dtype(
     assert torch.equal(attribute(after.graph_module, layer.args[1].target), exact.to(dtype))
 
 
+def test_a_number_behind_a_view_over_a_dimension_of_size_one_goes_into_every_channel() -> None:
+    """Found by fuzzing: it went into the first channel alone, and the driver undid the pass."""
+    model = double(lambda m, x: m.conv(x).view(-1) * 0.5, conv=conv(4, 3, 1))
+    folded(captured(model, normal(1, 4, 1, 5)), {"mul": 1}, "mul folded into conv2d (conv)")
+
+
 # What it refuses ----------------------------------------------------------------------------------
 
 
