@@ -572,7 +572,7 @@ class Drawn(nn.Module):
         return [a[:, choice[1] % (size + 1) :][:, : 1 + choice[2] % 5]]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(0, 4), *[st.integers(0, 30)] * 3), min_size=3, max_size=9),
     st.integers(0, 2**16 - 1),

@@ -922,7 +922,7 @@ def check_drawn(lines: list[tuple[int, int, int, int]], outputs: int) -> int:
 def test_any_network_of_layers_and_moves() -> None:
     rewritten = 0
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
         st.lists(st.tuples(st.integers(0, 11), *[st.integers(0, 30)] * 3), min_size=4, max_size=11),
         st.integers(0, 2**16 - 1),
