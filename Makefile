@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check format benchmark clean
+.PHONY: demo test fuzz check format benchmark zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/optfuse optimize models/googlenet.py:build \
@@ -12,6 +12,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# Random networks for as long as MINUTES says, from another SEED every time.
+MINUTES ?= 10
+SEED    ?= $(shell date +%s)
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_graphs --minutes $(MINUTES) --seed $(SEED)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -27,6 +33,10 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.export_time
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.latency_agrees
+
+# docs/zoo.md: every network of torchvision. Goes on where it was stopped; half an hour on two cores.
+zoo: $(VENV)/installed
+	$(BIN)/python -m benchmarks.zoo
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
