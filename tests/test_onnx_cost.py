@@ -62,9 +62,11 @@ def test_a_program_and_its_export_cost_the_same(network: str, tmp_path: Path) ->
     ours = export(faster, tmp_path / "model.onnx")
     assert flops_of(ours.path) == cost.flops(faster)
     # The file also holds the shapes of its Reshapes, the lengths of its Splits and biases of
-    # zeros: 300 bytes beside megabytes.
+    # zeros, 300 bytes beside megabytes; and the 192 ones that ONNX's LayerNormalization must be
+    # given as a scale where the linear layers behind it took in its own.
+    more = 300 + (192 * 4 if network == "vit_tiny" else 0)
     found = compulsory_bytes_of(ours.path)
-    assert found == pytest.approx(cost.compulsory_bytes(faster), abs=300)
+    assert found == pytest.approx(cost.compulsory_bytes(faster), abs=more)
 
 
 LAYERS: list[tuple[Any, tuple[int, ...], dict[str, np.ndarray[Any, Any]], tuple[int, ...], int]] = [
