@@ -82,6 +82,16 @@ def origins(node: fx.Node) -> tuple[str, ...]:
     return tuple(node.meta.get("origins", (node.name,)))
 
 
+def origins_of_all(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The names of every captured node that went into any of these, each once.
+
+    What one rewrite adds shares one tuple of names, which is read once: the results of a split in
+    the place of a thousand branches have a thousand names each.
+    """
+    tuples = {id(each): each for each in map(origins, nodes)}
+    return tuple(dict.fromkeys(name for each in tuples.values() for name in each))
+
+
 def equals(node: fx.Node) -> tuple[str, ...]:
     """The names of the captured nodes whose value this one computes; its own in a captured graph.
 
@@ -239,7 +249,7 @@ class Edit:
     def before(self, anchor: fx.Node, replaced: Iterable[fx.Node]) -> None:
         """Put what is added from now on in front of `anchor`, as coming from `replaced`."""
         self._anchor = anchor
-        self._origins = tuple(dict.fromkeys(name for node in replaced for name in origins(node)))
+        self._origins = origins_of_all(replaced)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Add one operator call, with its shape and dtype worked out."""

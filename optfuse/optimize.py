@@ -40,7 +40,7 @@ from optfuse.graph import (
     kind,
     module_path,
     operators,
-    origins,
+    origins_of_all,
     own_what_is_written,
     prepare,
     take_over,
@@ -437,10 +437,10 @@ class _EndlessError(Exception):
 
 
 def _involved(place: fx.Node, nodes: Iterable[fx.Node], about: Iterable[fx.Node] = ()) -> Involved:
-    made_of = dict.fromkeys(name for node in nodes for name in origins(node))
-    others = dict.fromkeys(name for node in about for name in origins(node))
-    besides = tuple(name for name in others if name not in made_of)
-    return Involved(kind(place), module_path(place), tuple(made_of), besides)
+    made_of = origins_of_all(nodes)
+    known = frozenset(made_of)
+    besides = tuple(name for name in origins_of_all(about) if name not in known)
+    return Involved(kind(place), module_path(place), made_of, besides)
 
 
 def _rewrite(each: Pass, edit: Edit, match: Match) -> list[fx.Node]:
