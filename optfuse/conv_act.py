@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from optfuse.activations import ACTIVATIONS
+from optfuse.convolution import Convolution
+from optfuse.graph import arguments, is_call
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -229,6 +232,25 @@ Args:
     slope: PReLU's, shape (1,) or (out_channels,); None for every other activation.
     activation, scalars: a name in `ACTIVATIONS` and its numbers.
 """
+
+
+def convolution_within(node: fx.Node) -> Convolution | None:
+    """The convolution that a call of `CONV_ACT` holds, None for any other node."""
+    if not is_call(node, CONV_ACT):
+        return None
+    bound = arguments(node)
+    return Convolution(
+        node,
+        bound["x"],
+        bound["weight"],
+        bound["bias"],
+        stride=tuple(bound["stride"]),
+        padding=tuple(bound["padding"]),
+        dilation=tuple(bound["dilation"]),
+        output_padding=tuple(bound["output_padding"]),
+        transposed=bound["transposed"],
+        groups=bound["groups"],
+    )
 
 
 @register_flop_formula(torch.ops.optfuse.conv_act)

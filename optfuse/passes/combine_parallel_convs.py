@@ -56,7 +56,7 @@ import torch
 from torch import fx
 
 from optfuse.activations import activation_of
-from optfuse.conv_act import CONV_ACT
+from optfuse.conv_act import CONV_ACT, convolution_within
 from optfuse.convolution import Convolution, convolution_of
 from optfuse.graph import (
     Edit,
@@ -177,7 +177,8 @@ class Layer:
 
 def _layers_of(node: fx.Node) -> Iterator[Layer]:
     """The layer that `node` is; two for a product of which either operand may be the constant."""
-    convolution = convolution_of(node) or _fused_convolution(node)
+    # One that is fused is too late to combine, and still explains itself.
+    convolution = convolution_of(node) or convolution_within(node)
     if convolution is not None:
         yield _convolution_layer(convolution)
     elif is_call(node, *_PRODUCTS):
@@ -186,25 +187,6 @@ def _layers_of(node: fx.Node) -> Iterator[Layer]:
     elif is_call(node, aten.einsum.default):
         for weight in range(2):
             yield from _einsum_layers(node, weight)
-
-
-def _fused_convolution(node: fx.Node) -> Convolution | None:
-    """The convolution in a fused one, which is too late to combine and still explains itself."""
-    if not is_call(node, CONV_ACT):
-        return None
-    bound = arguments(node)
-    return Convolution(
-        node,
-        bound["x"],
-        bound["weight"],
-        bound["bias"],
-        stride=tuple(bound["stride"]),
-        padding=tuple(bound["padding"]),
-        dilation=tuple(bound["dilation"]),
-        output_padding=tuple(bound["output_padding"]),
-        transposed=bound["transposed"],
-        groups=bound["groups"],
-    )
 
 
 def _convolution_layer(convolution: Convolution) -> Layer:

@@ -37,7 +37,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from optfuse.conv_act import CONV_ACT
+from optfuse.conv_act import convolution_within
 from optfuse.convolution import Convolution, convolution_of
 from optfuse.graph import Edit, arguments, constant_of, value
 from optfuse.passes import Match, Pass, Refusal
@@ -167,21 +167,10 @@ def _layer_of(node: fx.Node) -> Layer | None:
     convolution = convolution_of(node)
     if convolution is not None:
         return Layer(convolution)
-    if node.op != "call_function" or node.target is not CONV_ACT:
+    convolution = convolution_within(node)
+    if convolution is None:
         return None
     bound = arguments(node)
-    convolution = Convolution(
-        node,
-        bound["x"],
-        bound["weight"],
-        bound["bias"],
-        stride=tuple(bound["stride"]),
-        padding=tuple(bound["padding"]),
-        dilation=tuple(bound["dilation"]),
-        output_padding=tuple(bound["output_padding"]),
-        transposed=bound["transposed"],
-        groups=bound["groups"],
-    )
     return Layer(convolution, bound["residual"], bound["slope"])
 
 

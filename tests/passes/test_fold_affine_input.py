@@ -19,6 +19,7 @@ from optfuse.optimize import optimize, select
 from optfuse.passes.fold_affine_input import FoldAffineInput
 from optfuse.stages import LoadedModel, Normalization, Program
 from tests.harness import assert_same_function, captured, counts, reasons, scramble, step
+from tests.passes.parts import Model, TwoInputs, normal
 
 PASS = "fold_affine_input"
 
@@ -33,35 +34,6 @@ BFLOAT16 = 2e-2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADS = "pads with zeros, where a folded shift would be missing"
-
-
-class Model(nn.Module):
-    """`forward` as a function of the model and its input, over modules and tensors by name."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | torch.Tensor) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self._forward(self, x)
-
-
-class TwoInputs(Model):
-    """The same with a second input."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:  # type: ignore[override]
-        return self._forward(self, x, y)
-
-
-def normal(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Seeded random numbers."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(dtype)
 
 
 def per_channel(*shape: int, seed: int = 5) -> torch.Tensor:

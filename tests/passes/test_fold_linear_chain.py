@@ -21,6 +21,7 @@ from optfuse.passes import fold_linear_chain
 from optfuse.passes.fold_linear_chain import FoldLinearChain
 from optfuse.stages import LoadedModel, Program
 from tests.harness import assert_same_function, captured, counts, reasons, scramble, step
+from tests.passes.parts import Model, TwoInputs, normal
 
 PASS = "fold_linear_chain"
 
@@ -31,35 +32,6 @@ FLOAT32 = 1e-6
 # Likewise in float16 and bfloat16, which keep 11 and 8 bits: at most 4.9e-4 and 3.9e-3.
 HALF = 1e-3
 BFLOAT16 = 1e-2
-
-
-class Model(nn.Module):
-    """`forward` as a function of the model and its input, over modules and tensors by name."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | torch.Tensor) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self._forward(self, x)
-
-
-class TwoInputs(Model):
-    """The same with a second input."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:  # type: ignore[override]
-        return self._forward(self, x, y)
-
-
-def normal(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Seeded random numbers."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(dtype)
 
 
 def numbers(*shape: int, seed: int = 5) -> torch.Tensor:
