@@ -1,7 +1,8 @@
 """Demonstration networks, written from their papers in plain PyTorch.
 
 Every module has two functions: ``build()`` returns the network in eval mode, always with the
-same random weights, and ``example_inputs()`` returns a tuple of inputs to call it with.
+same weights, and ``example_inputs()`` returns a tuple of inputs to call it with.  The weights are
+random but for ``digits``, which is trained.
 
 ================  ======================================  ==========  ======
 module            network and paper                       parameters  GFLOPs
@@ -24,6 +25,8 @@ yolo_neck         neck and heads of YOLOv8n,               1,884,528    5.59
                   arXiv:1803.01534
 vit_tiny          Vision Transformer, tiny,                5,717,416    2.51
                   arXiv:2010.11929 and arXiv:2012.12877
+digits            handwritten digits, trained: a block of      14,670   0.001
+                  each kind that the others consist of
 ================  ======================================  ==========  ======
 
 The FLOPs are those of one example input, counted by ``torch.utils.flop_counter``: two for each

@@ -1,8 +1,8 @@
 """Seeded weights for the demonstration networks.
 
-No network here is trained.  Its weights are drawn so that the graph passes have something to
-work on: batch normalisation with the initial statistics (mean 0, variance 1, weight 1, bias 0)
-would be an identity, and a pass that folded it wrongly would go unnoticed.
+No network but ``digits`` is trained.  The weights of the others are drawn so that the graph passes
+have something to work on: batch normalisation with the initial statistics (mean 0, variance 1,
+weight 1, bias 0) would be an identity, and a pass that folded it wrongly would go unnoticed.
 """
 
 import math

@@ -72,6 +72,22 @@ NETWORKS = {
         (121, 62),
         {"eliminate_identity": 1, "fold_conv_bn": 59, "fuse_conv_activation": 59},
     ),
+    # The batch norm of RepVGG's identity branch goes into the merge, and the one in front of the
+    # classifier goes into it as an affine input.
+    "digits": Expected(
+        (17, 14),
+        (17, 0),
+        {
+            "eliminate_identity": 1,
+            "fold_conv_bn": 15,
+            "fold_affine_input": 3,
+            "merge_branches": 1,
+            "combine_parallel_convs": 1,
+            "elide_concat": 1,
+            "route_channels": 1,
+            "fuse_conv_activation": 13,
+        },
+    ),
     "mobilenet_v2": Expected(
         (52, 52),
         (52, 0),

@@ -1,9 +1,9 @@
 """The networks of the zoo: which ones there are, how each is built, and what it is run on.
 
-None of them is trained: weights are random and seeded, so that nothing is downloaded. A batch norm
-gets the statistics of the activations that reach it, moved at random, and no parameter keeps a
-value that hides mistakes, such as 0 and 1: activations keep their scale through any depth, and no
-layer is an identity.
+None of torchvision's is trained: weights are random and seeded, so that nothing is downloaded. A
+batch norm gets the statistics of the activations that reach it, moved at random, and no parameter
+keeps a value that hides mistakes, such as 0 and 1: activations keep their scale through any depth,
+and no layer is an identity.
 """
 
 from __future__ import annotations
