@@ -215,10 +215,13 @@ torch.library.define(
     "SymInt groups, str activation, float[] scalars) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl(_NAME, "default")(_implementation(_composite))
+composite = _implementation(_composite)
+"""What the operator is short for, in plain operators: for a compiler that fuses them itself."""
+
+torch.library.impl(_NAME, "default")(composite)
 torch.library.impl(_NAME, "cpu")(_implementation(_on_cpu))
 torch.library.impl(_NAME, "cuda")(_implementation(_on_cuda))
-torch.library.register_fake(_NAME)(_implementation(_composite))
+torch.library.register_fake(_NAME)(composite)
 
 CONV_ACT = torch.ops.optfuse.conv_act.default
 """activation(convolution(x, weight, bias) + residual).

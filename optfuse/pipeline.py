@@ -298,7 +298,8 @@ def _choose(request: Request) -> list[Backend]:
         UsageError: there is no engine, or no target, of a name.
     """
     chosen = []
-    for name in request.engines or backends.BACKENDS:
+    every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
+    for name in request.engines or every:
         backend = backends.get(name)
         missing = backend.unavailable()
         if missing is None and not (backend.builds and request.targets):

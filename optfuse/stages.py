@@ -262,6 +262,21 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class InputShapes:
+    """The shapes that one input with open dimensions may have.
+
+    Attributes:
+        name: of the input, as the ONNX file has it.
+        least, usual, most: its smallest shape, the one to be fastest at, and its largest.
+    """
+
+    name: str
+    least: tuple[int, ...]
+    usual: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BuildOptions:
     """How an engine is built and run.
 
@@ -270,11 +285,17 @@ class BuildOptions:
             for the device that is here.
         threads: of a CPU engine, the same for every engine.
         cache: a folder that keeps timing caches between builds, or None for none.
+        shapes: of each input with open dimensions, what an engine is built for.
+        version_compatible: later versions of the engine's package can load the engine too.
+        hardware_compatible: GPUs of later architectures can run the engine too.
     """
 
     targets: tuple[str, ...] = ()
     threads: int = 1
     cache: Path | None = None
+    shapes: tuple[InputShapes, ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 @dataclass(frozen=True)

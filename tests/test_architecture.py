@@ -48,7 +48,7 @@ ENGINES = {
     "onnxruntime": {"backends/onnx_runtime.py"},
     "tensorrt": {"backends/nvinfer.py", "backends/tensorrt.py"},
     "tensorrt_rtx": {"backends/nvinfer.py", "backends/tensorrt_rtx.py"},
-    "openvino": set[str](),
+    "openvino": {"backends/openvino.py"},
 }
 """Engine package -> the files that may import it, and those only inside functions."""
 
@@ -156,11 +156,9 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_no_pass_and_no_engine_builds_on_another() -> None:
-    """Except that the engines for NVIDIA GPUs share what stands in files of its own."""
-    shared = {
-        f"backends/{name}.py"
-        for name in ("nvinfer", "nvinfer_log", "nvinfer_session", "builder_log", "nvidia")
-    }
+    """Except that engines for NVIDIA GPUs, and those in PyTorch, share what has its own files."""
+    names = ("nvinfer", "nvinfer_log", "nvinfer_session", "builder_log", "nvidia", "torch_program")
+    shared = {f"backends/{name}.py" for name in names}
     for folder in ("passes", "backends"):
         for path in sorted((PACKAGE / folder).glob("*.py")):
             for module, node in imports(path):

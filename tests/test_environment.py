@@ -445,6 +445,7 @@ def test_versions_are_those_of_the_installed_packages() -> None:
         "onnx",
         "onnxscript",
         "onnxruntime",
+        "openvino",
         "tensorrt",
         "tensorrt_rtx",
     ]

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "torch": "optfuse.backends.torch_eager:BACKEND",
+    "torch-compile": "optfuse.backends.torch_compile:BACKEND",
+    "torch-cudagraph": "optfuse.backends.torch_cudagraph:BACKEND",
     "onnxruntime": "optfuse.backends.onnx_runtime:CPU_BACKEND",
     "onnxruntime-cuda": "optfuse.backends.onnx_runtime:CUDA_BACKEND",
     "onnxruntime-tensorrt": "optfuse.backends.onnx_runtime:TENSORRT_BACKEND",
+    "openvino": "optfuse.backends.openvino:BACKEND",
     "tensorrt": "optfuse.backends.tensorrt:BACKEND",
     "tensorrt-rtx": "optfuse.backends.tensorrt_rtx:BACKEND",
 }
@@ -31,8 +34,12 @@ BACKENDS = {
 only when its engine is asked for, and imports its own package only inside functions."""
 
 
-ON_GPU = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+ON_GPU = ("torch-cudagraph", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
 """The engines whose name asks for a GPU."""
+
+
+ONLY_BY_NAME = ("torch-compile",)
+"""The engines that run only where they are asked for: this one compiles for a minute or more."""
 
 
 class Session(Protocol):

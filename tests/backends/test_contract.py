@@ -138,7 +138,7 @@ def test_asking_what_is_here_imports_neither_torch_nor_an_engine() -> None:
     program = (
         "import sys; from optfuse.backends import BACKENDS, get\n"
         "for name in BACKENDS: get(name).unavailable(), get(name).version()\n"
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'}"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx'}"
         " & set(sys.modules)))"
     )
     answer = subprocess.run(

@@ -1,0 +1,337 @@
+"""OpenVINO on a CPU, in float32."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from optfuse.environment import package_version
+from optfuse.errors import EngineError
+from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from typing_extensions import Self
+
+ELEMENT_TYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "u8": "uint8",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "boolean": "bool",
+}
+"""OpenVINO's name of a type -> PyTorch's, of the types that it computes in or can pass on.
+
+Not f64: it would be computed in float32 without a word. i64 is computed in int32, which `bind`
+looks after.
+"""
+
+TELEMETRY = "openvino_telemetry"
+"""What reports every import of OpenVINO to its makers, and keeps a number for it in the home
+directory. OpenVINO has a stub of its own for where this package is missing."""
+
+
+class OpenVino:
+    """OpenVINO's CPU plugin."""
+
+    name = "openvino"
+    builds = False
+
+    def __init__(self) -> None:
+        # A protocol's attribute can be assigned to, so its type has to be the protocol's own.
+        self.consumes: Literal["onnx", "program"] = "onnx"
+
+    def unavailable(self) -> str | None:
+        """None where the package is installed."""
+        if find_spec("openvino") is None:
+            return "The package openvino is not installed: pip install 'optfuse[openvino]'"
+        return None
+
+    def version(self) -> str | None:
+        """OpenVINO's version, None where it isn't installed."""
+        return package_version("openvino")
+
+    def cannot_run(self) -> str | None:
+        """None where it can run here, else why not."""
+        return self.unavailable()
+
+    def check_target(self, target: str) -> None:
+        """Nothing: there is no build step."""
+
+    def build(
+        self, artifact: Artifact, options: BuildOptions, directory: Path
+    ) -> list[tuple[Artifact, EngineReport]]:
+        """Nothing: OpenVINO compiles when it opens a file."""
+        del artifact, options, directory
+        return []
+
+    def open(self, program: Artifact | Program, options: BuildOptions) -> OpenVinoSession:
+        """Load an ONNX file.
+
+        Raises:
+            EngineError: the package is missing, the file can't be loaded, something else than a CPU
+                would run it, or not in the types that the file names.
+        """
+        if reason := self.unavailable():
+            cause, _, command = reason.partition(": ")
+            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
+        if isinstance(program, Program) or program.kind != "onnx":
+            what = "a captured program" if isinstance(program, Program) else f"'{program.path}'"
+            raise EngineError(
+                f"The engine '{self.name}' cannot open {what}",
+                "It reads ONNX files only",
+                "Export the program to ONNX first",
+            )
+        return OpenVinoSession(_load(program.path, options.threads))
+
+
+class OpenVinoSession:
+    """A loaded ONNX file. Its inputs are read where they lie, in the memory of the tensors bound.
+
+    Attributes:
+        inputs, outputs: as the file names them, in its order.
+        device: `cpu`.
+    """
+
+    device = "cpu"
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(each.any_name for each in compiled.inputs)
+        self.outputs = tuple(each.any_name for each in compiled.outputs)
+        self._input_types = _types(compiled.inputs)
+        self._output_types = _types(compiled.outputs)
+        self._feeds: list[torch.Tensor] = []
+        self._is_bound = False
+
+    def bind(self, feeds: Sequence[torch.Tensor]) -> None:
+        """Hand over the inputs, and run once: a new shape may choose new kernels.
+
+        Raises:
+            EngineError: the number, a dtype, a shape or a value of the inputs is not what the file
+                takes.
+        """
+        self._check(feeds)
+        openvino = _package()
+        self._is_bound = False
+        # OpenVINO holds a bare pointer: the tensors must live as long as it does.
+        self._feeds = [feed.detach().cpu().contiguous() for feed in feeds]
+        try:
+            for index, feed in enumerate(self._feeds):
+                element_type = self._compiled.input(index).element_type
+                shape = openvino.Shape(list(feed.shape))
+                tensor = openvino.Tensor(_array(feed), shape, element_type)
+                self._request.set_input_tensor(index, tensor)
+        except Exception as error:  # its exceptions have no public base class
+            raise _failed_to_run(error) from error
+        self._is_bound = True
+        self.run()
+
+    def run(self) -> None:
+        """Run once and wait for the result.
+
+        Raises:
+            EngineError: OpenVINO refused, e.g. a shape the file wasn't exported for.
+        """
+        if not self._is_bound:
+            raise EngineError(
+                "The engine 'openvino' cannot run",
+                "No inputs were bound",
+                "Call bind() before run()",
+            )
+        try:
+            # Without this, it would hand out copies of the outputs.
+            self._request.infer(share_outputs=True)
+        except Exception as error:  # its exceptions have no public base class
+            raise _failed_to_run(error) from error
+
+    def fetch(self) -> list[torch.Tensor]:
+        """Copies of the last run's outputs."""
+        found = []
+        for index, dtype_name in enumerate(self._output_types):
+            found.append(_tensor(self._request.get_output_tensor(index).data, dtype_name))
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # In this order: the request holds pointers into the tensors.
+        self._request = self._compiled = None
+        self._feeds, self._is_bound = [], False
+
+    def _check(self, feeds: Sequence[torch.Tensor]) -> None:
+        if len(feeds) != len(self.inputs):
+            raise EngineError(
+                "The engine 'openvino' cannot bind its inputs",
+                f"The file takes {len(self.inputs)} tensors and got {len(feeds)}",
+                "Give one tensor for each input",
+            )
+        for name, expected, feed in zip(self.inputs, self._input_types, feeds, strict=True):
+            given = str(feed.dtype).removeprefix("torch.")
+            # Its tensor takes a bare pointer: a wrong dtype would be read as garbage.
+            if given != expected:
+                raise EngineError(
+                    f"The engine 'openvino' cannot bind the input '{name}'",
+                    f"It takes {expected} and got {given}",
+                    "Convert the tensor to that dtype",
+                )
+            if given == "int64" and not _fits_int32(feed):
+                raise EngineError(
+                    f"The engine 'openvino' cannot bind the input '{name}'",
+                    "OpenVINO computes int64 in 32 bits, and it has values that need more",
+                    "Use another engine, such as 'onnxruntime'",
+                )
+
+
+def _package() -> Any:
+    """OpenVINO, imported without its telemetry."""
+    if "openvino" not in sys.modules and TELEMETRY not in sys.modules:
+        modules: dict[str, Any] = sys.modules  # None is how a module is marked as missing
+        modules[TELEMETRY] = None
+        try:
+            import openvino
+        finally:
+            del modules[TELEMETRY]
+    import openvino
+
+    return openvino
+
+
+def _load(path: Path, threads: int) -> Any:
+    """An `openvino.CompiledModel` on the CPU."""
+    openvino = _package()
+    from openvino.frontend import FrontEndManager
+
+    if not path.is_file():
+        raise EngineError(
+            f"The engine 'openvino' cannot open '{path}'",
+            "There is no such file",
+            "Check the path, or export the model again",
+        )
+    try:
+        # Not Core.read_model: it tries the readers of all other formats, which print what they
+        # think of the file.
+        reader = FrontEndManager().load_by_framework("onnx")
+        model = reader.convert(reader.load(str(path)))
+        compiled = openvino.Core().compile_model(model, "CPU", _settings(threads))
+        devices = compiled.get_property("EXECUTION_DEVICES")
+    except Exception as error:  # its exceptions have no public base class
+        raise EngineError(
+            f"The engine 'openvino' cannot load '{path}'",
+            _reason(error),
+            "Export the model again, or update openvino if it is older than the file's opset",
+        ) from error
+    if devices != ["CPU"]:
+        raise EngineError(
+            f"The engine 'openvino' would not run '{path}' where it was asked to",
+            f"CPU was asked for and {', '.join(devices)} would run it",
+            "Install the openvino package that has its CPU plugin",
+        )
+    return compiled
+
+
+def _settings(threads: int) -> dict[str, Any]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        # Its default is bfloat16 where the CPU has that.
+        "INFERENCE_PRECISION_HINT": "f32",
+        # And nothing is quantised on the way.
+        "EXECUTION_MODE_HINT": "ACCURACY",
+        # No other engine is tied to a core; what is tied waits when something else runs there.
+        "ENABLE_CPU_PINNING": False,
+        # Compiled models are not kept between processes.
+        "CACHE_DIR": "",
+    }
+
+
+def _types(ports: Sequence[Any]) -> list[str]:
+    """PyTorch's name of the dtype of each input or output.
+
+    Raises:
+        EngineError: of one that OpenVINO would compute in another type, or PyTorch has no tensor
+            for.
+    """
+    for port in ports:
+        type_name = port.element_type.get_type_name()
+        if type_name == "f64":
+            raise EngineError(
+                "The engine 'openvino' cannot run the file in its own precision",
+                f"'{port.any_name}' is float64, which OpenVINO computes in float32",
+                "Use another engine, such as 'onnxruntime', or make the model float32",
+            )
+        if type_name not in ELEMENT_TYPES:
+            raise EngineError(
+                "The engine 'openvino' cannot pass every input and output on",
+                f"'{port.any_name}' has the type {type_name}, which PyTorch has no tensor for",
+                "Change the model so that all its inputs and outputs are tensors of numbers",
+            )
+    return [ELEMENT_TYPES[port.element_type.get_type_name()] for port in ports]
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as a NumPy array, which has no bfloat16."""
+    import torch
+
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def _tensor(array: Any, dtype_name: str) -> torch.Tensor:
+    """A copy of a NumPy array as a tensor of that dtype, bit for bit."""
+    import torch
+
+    copy = torch.from_numpy(array.copy())
+    return copy.view(torch.bfloat16) if dtype_name == "bfloat16" else copy
+
+
+def _fits_int32(tensor: torch.Tensor) -> bool:
+    import torch
+
+    if tensor.numel() == 0:
+        return True
+    limits = torch.iinfo(torch.int32)
+    low, high = torch.aminmax(tensor)
+    return limits.min <= int(low) and int(high) <= limits.max
+
+
+def _failed_to_run(error: Exception) -> EngineError:
+    return EngineError(
+        "The engine 'openvino' failed to run the file",
+        _reason(error),
+        "Give it inputs with the shapes it was exported for",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, on one line and without the places in its source."""
+    noise = (
+        r"^Exception from \S+:\d+:",
+        r"^Check '.*' failed at \S+:\d+:",
+        r"^FrontEnd API failed with \w+:",
+        r"^Summary:",
+    )
+    lines = str(error).splitlines()
+    for pattern in noise:
+        lines = [re.sub(pattern, "", line) for line in lines]
+    said = [line.strip().removeprefix("-- ").rstrip(".") for line in lines if line.strip()]
+    return ": ".join(said) or type(error).__name__
+
+
+BACKEND = OpenVino()
