@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optfuse import backends, cost, memory, stats
+from optfuse import cost, memory
 from optfuse.ablate import ablate
-from optfuse.backends import Backend, Session
+from optfuse.backends import Backend
 from optfuse.capture import capture
-from optfuse.compare import drift
-from optfuse.diagnose import diagnose
-from optfuse.environment import activity, environment
+from optfuse.environment import environment
 from optfuse.errors import (
-    EngineError,
     FunctionChangedError,
     ModelError,
     OptfuseError,
@@ -32,35 +28,23 @@ from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
-from optfuse.measure import Schedule, measure
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
 from optfuse.report import markdown, schema
 from optfuse.stages import (
     Artifact,
     BuildOptions,
-    Caveat,
-    Drift,
-    EngineReport,
     InputSpec,
     LayerDrifts,
     LayerHistory,
     LoadedModel,
-    Measurement,
     Notify,
     Program,
     Report,
     Source,
-    Variant,
     silent,
 )
-
-REFERENCE = "captured program in float64"
-
-LARGE_BYTES = 256 * 2**20
-"""From parameters of this size on, engines take turns and memory is spared. All variants of eager
-PyTorch and ONNX Runtime open at once take up to eleven times the parameters: 3 GB for these, which
-most machines have, and soon after it is more than they have."""
+from optfuse.trial import REFERENCE, Findings, Trial, can_run, choose, is_large, put_through
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
         OptfuseError: nothing can be reported. An engine that fails only ends its own part: it is
             in `Outcome.failures`, and the report says what was not measured and why.
     """
-    engines = _choose(request)
+    engines = choose(request.engines, request.targets)
     _require_something_to_ablate(request)
     machine = environment(request.threads)  # now, so that its load is not our own
     with torch_threads(request.threads):
@@ -130,14 +114,14 @@ def _run(
     with staged(output):
         pass  # the folder can be written to: said now rather than after minutes of work
     parameter_bytes = _parameter_bytes(model)
-    found = _Findings(output)
+    found = Findings(output)
 
-    with memory.freed_at_once(parameter_bytes >= LARGE_BYTES):
+    with memory.freed_at_once(is_large(parameter_bytes)):
         notify(f"Capturing {model.name} with torch.export", None)
         captured = capture(model)
         faster = optimize(captured, selected, seed=request.source.seed, notify=notify)
         reference = _reference(captured, engines, found, notify)
-        if parameter_bytes < LARGE_BYTES:  # it takes five runs in step
+        if not is_large(parameter_bytes):  # it takes five runs in step
             found.layers = _layers(captured, faster, request.source.seed, notify)
         notify("Exporting ONNX as it comes", None)
         baseline = export_baseline(captured, output / "baseline.onnx")
@@ -152,7 +136,7 @@ def _run(
     found.artifacts += [baseline, optimized, *_weights(baseline, optimized)]
     described = _describe(selected, captured, faster)
     undone = _changed_functions(request, faster)
-    trial = _Trial(
+    trial = Trial(
         parameter_bytes,
         programs={"baseline": captured, "optimized": faster},
         onnx={"baseline": baseline, "optimized": optimized},
@@ -161,19 +145,17 @@ def _run(
         options=BuildOptions(
             targets=request.targets, threads=request.threads, cache=cache_folder()
         ),
+        duration_seconds=request.duration_seconds,
+        seed=request.source.seed,
     )
     # The trial alone holds the programs now, and lets go of them in time. (A pass still holds
     # nodes of the last graph that it went through.)
     del model, captured, faster, selected
-    turns = _turns(engines, trial)
-    for number, turn in enumerate(turns):
-        _make_room(turns[number:], trial)
-        _take_turn(turn, trial, request, _seconds_of_each(turns, request), found, notify)
-    found.not_measured += _unpaired(trial, found)
+    interleaved = put_through(engines, trial, found, notify)
     if request.ablate:
         _ablate(engines, trial, request, found, notify)
 
-    report = _report(request, machine, turns, described, optimized, found)
+    report = _report(request, machine, interleaved, described, optimized, found)
     write_text(output / "report.json", schema.dump(report))
     write_text(output / "report.md", markdown.render(report))
     return Outcome(report, (*undone, *found.failures))
@@ -233,24 +215,6 @@ def explain(
     return Explanation(faster, told, norms_left(faster), places_elsewhere(faster.trace, told))
 
 
-@dataclass
-class _Findings:
-    """What one run found out so far, and the folder its files are in."""
-
-    output: Path
-    artifacts: list[Artifact] = field(default_factory=list)
-    engine_reports: list[EngineReport] = field(default_factory=list)
-    drifts: list[Drift] = field(default_factory=list)
-    measurements: list[Measurement] = field(default_factory=list)
-    comparisons: list[schema.Comparison] = field(default_factory=list)
-    noise_floors: list[schema.NoiseFloor] = field(default_factory=list)
-    not_measured: list[schema.NotMeasured] = field(default_factory=list)
-    warnings: list[Caveat] = field(default_factory=list)
-    layers: LayerDrifts | None = None
-    ablation: tuple[schema.Ablated, ...] = ()
-    failures: list[OptfuseError] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class _Described:
     """What the report says of the programs and the passes, taken while they are there."""
@@ -261,62 +225,6 @@ class _Described:
     before: schema.ProgramCounts
     after: schema.ProgramCounts
     histories: tuple[LayerHistory, ...]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What every engine is given alike.
-
-    Attributes:
-        parameter_bytes: size of the model's parameters and buffers.
-        programs: of each variant, for engines that consume programs. Nothing else holds them, and
-            they are taken away once the last of those engines is through with them.
-        onnx: the ONNX file of each variant.
-        feeds: the inputs to run on.
-        reference: the outputs in float64, or None where there are none.
-        options: how engines build and run.
-    """
-
-    parameter_bytes: int
-    programs: dict[Variant, Program]
-    onnx: dict[Variant, Artifact]
-    feeds: list[torch.Tensor]
-    reference: list[torch.Tensor] | None
-    options: BuildOptions
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it is too large to be open several times over."""
-        return self.parameter_bytes >= LARGE_BYTES
-
-
-def _choose(request: Request) -> list[Backend]:
-    """The engines of this run, checked before any work is done.
-
-    Raises:
-        EngineError: one that was asked for by name is missing.
-        UsageError: there is no engine, or no target, of a name.
-    """
-    chosen = []
-    every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
-    for name in request.engines or every:
-        backend = backends.get(name)
-        missing = backend.unavailable()
-        if missing is None and not (backend.builds and request.targets):
-            missing = backend.cannot_run()
-        if missing is None:
-            for target in request.targets if backend.builds else ():
-                backend.check_target(target)
-            chosen.append(backend)
-        elif request.engines:
-            raise EngineError(
-                f"The engine '{name}' cannot be used here",
-                backend.unavailable() or f"It cannot run: {missing}",
-                "Give it a --target to build for without a GPU, such as sm_89"
-                if backend.builds and backend.unavailable() is None
-                else "Install what it needs, or choose from what 'optfuse engines' calls ready",
-            )
-    return chosen
 
 
 def _weights(*exported: Artifact) -> list[Artifact]:
@@ -330,141 +238,12 @@ def _weights(*exported: Artifact) -> list[Artifact]:
     return found
 
 
-def _turns(engines: Sequence[Backend], trial: _Trial) -> list[Sequence[Backend]]:
-    """Which engines are open at the same time: all of them, so that their runs can be paired.
-
-    With a large model one after the other, because each holds weights of its own; those that
-    consume programs come first, because the programs can go after them.
-    """
-    if not trial.is_large:
-        return [engines]
-    return [[engine] for engine in sorted(engines, key=lambda each: each.consumes != "program")]
-
-
-def _seconds_of_each(turns: Sequence[Sequence[Backend]], request: Request) -> float:
-    """The time for latency, divided among the turns that have an engine to run."""
-    return request.duration_seconds / max(1, sum(map(_can_run, turns)))
-
-
-def _make_room(coming: Sequence[Sequence[Backend]], trial: _Trial) -> None:
-    """With a large model, free what none of the turns to come needs."""
-    if not trial.is_large:
-        return
-    if not any(engine.consumes == "program" for turn in coming for engine in turn):
-        trial.programs.clear()
-    memory.give_back()
-
-
-def _can_run(engines: Sequence[Backend]) -> bool:
-    return any(engine.cannot_run() is None for engine in engines)
-
-
-def _take_turn(
-    engines: Sequence[Backend],
-    trial: _Trial,
-    request: Request,
-    seconds: float,
-    found: _Findings,
-    notify: Notify,
-) -> None:
-    """Open, compare, measure and close these engines."""
-    with ExitStack() as stack:
-        with memory.freed_at_once(trial.is_large):
-            sessions = _open_all(engines, trial, found, stack, notify)
-        _compare_all(sessions, trial.reference, found)
-        _measure_all(sessions, seconds, request, found, notify)
-
-
-def _open_all(
-    engines: Sequence[Backend],
-    trial: _Trial,
-    found: _Findings,
-    stack: ExitStack,
-    notify: Notify,
-) -> list[tuple[str, Variant, Session]]:
-    """Open the export as it comes, the same once more as a control, and ours, on every engine.
-
-    With a large model the control is the first session under a second name: it shows the noise of
-    the runs all the same, though not what a second copy of the weights would add to it.
-    """
-    opened: list[tuple[str, Variant, Session]] = []
-    for backend in engines:
-        try:
-            programs = _runnable(backend, trial, found, notify)
-            if not programs:
-                continue  # its engine reports say why they are not measured
-            first = _open(backend, programs["baseline"], trial, stack, notify)
-            again = (
-                first
-                if trial.is_large
-                else _open(backend, programs["baseline"], trial, stack, notify)
-            )
-            ours = _open(backend, programs["optimized"], trial, stack, notify)
-            opened += [
-                (backend.name, "baseline", first),
-                (backend.name, "control", again),
-                (backend.name, "optimized", ours),
-            ]
-        except EngineError as error:
-            found.failures.append(error)
-            found.not_measured.append(
-                schema.NotMeasured(backend.name, None, None, f"it failed: {error.cause}")
-            )
-    return opened
-
-
-def _runnable(
-    backend: Backend, trial: _Trial, found: _Findings, notify: Notify
-) -> Mapping[Variant, Artifact | Program]:
-    """What the engine can open of each variant; nothing where it only builds."""
-    if backend.consumes == "program":
-        return trial.programs
-    if not backend.builds:
-        return trial.onnx
-    built = _build(backend, trial.onnx, trial.options, found, notify)
-    return built if "optimized" in built else {}
-
-
-def _open(
-    backend: Backend,
-    program: Artifact | Program,
-    trial: _Trial,
-    stack: ExitStack,
-    notify: Notify,
-) -> Session:
-    notify(f"Opening {backend.name}", None)
-    session = stack.enter_context(backend.open(program, trial.options))
-    session.bind(trial.feeds)
-    session.run()
-    return session
-
-
-def _build(
-    backend: Backend,
-    onnx: Mapping[Variant, Artifact],
-    options: BuildOptions,
-    found: _Findings,
-    notify: Notify,
-) -> dict[Variant, Artifact | Program]:
-    """Build an engine of each variant for each target; those that can run here, to be opened."""
-    built: dict[Variant, Artifact | Program] = {}
-    for variant, artifact in onnx.items():
-        notify(f"Building {backend.name} from {artifact.path.name}", None)
-        folder = found.output / "engines" / backend.name
-        for engine, report in backend.build(artifact, options, folder):
-            found.artifacts.append(engine)
-            found.engine_reports.append(report)
-            if report.not_measured is None:
-                built[variant] = engine
-    return built
-
-
 def _reference(
-    captured: Program, engines: Sequence[Backend], found: _Findings, notify: Notify
+    captured: Program, engines: Sequence[Backend], found: Findings, notify: Notify
 ) -> list[torch.Tensor] | None:
     """The captured program's outputs in float64; None where nothing is compared with them, or
     where it does not run in float64."""
-    if not _can_run(engines):
+    if not can_run(engines):
         return None
     notify("Running the float64 reference", None)
     try:
@@ -478,82 +257,6 @@ def _reference(
             )
         )
         return None
-
-
-def _compare_all(
-    sessions: Sequence[tuple[str, Variant, Session]],
-    reference: Sequence[torch.Tensor] | None,
-    found: _Findings,
-) -> None:
-    """The drift of every engine's outputs from the captured program in float64."""
-    for engine, variant, session in sessions:
-        if reference is not None and variant != "control":
-            found.drifts.append(
-                drift(
-                    session.fetch(),
-                    reference,
-                    engine=engine,
-                    variant=variant,
-                    reference_name=REFERENCE,
-                )
-            )
-
-
-def _measure_all(
-    sessions: Sequence[tuple[str, Variant, Session]],
-    seconds: float,
-    request: Request,
-    found: _Findings,
-    notify: Notify,
-) -> None:
-    """Latency of everything that is open, in one interleaved run, the ratios within it, and what
-    makes them doubtful."""
-    seed = request.source.seed
-    if seconds <= 0:
-        _not_measured(sessions, "no time was given to it (--duration 0)", found)
-    elif sessions:
-        before = activity()
-        try:
-            measured = measure(
-                sessions, schedule=Schedule(budget_seconds=seconds), seed=seed, notify=notify
-            )
-        except EngineError as error:
-            found.failures.append(error)
-            _not_measured(sessions, f"an engine failed: {error.cause}", found)
-        else:
-            comparisons, floors = _ratios(measured, seed)
-            found.measurements += measured
-            found.comparisons += comparisons
-            found.noise_floors += floors
-            found.warnings += diagnose(
-                measured,
-                before,
-                activity(),
-                threads=request.threads,
-                asked_devices=dict.fromkeys(backends.ON_GPU, "gpu"),
-            )
-
-
-def _not_measured(
-    sessions: Sequence[tuple[str, Variant, Session]], reason: str, found: _Findings
-) -> None:
-    for engine in dict.fromkeys(engine for engine, _, _ in sessions):
-        found.not_measured.append(schema.NotMeasured(engine, None, None, reason))
-
-
-def _unpaired(trial: _Trial, found: _Findings) -> list[schema.NotMeasured]:
-    """The ratios to eager PyTorch that are not there because the engines took turns."""
-    measured = list(dict.fromkeys(each.engine for each in found.measurements))
-    against_torch = {each.engine for each in found.comparisons if each.against_engine == "torch"}
-    reason = (
-        f"with {trial.parameter_bytes / 1e6:.0f} MB of parameters the engines took turns to save "
-        "memory, and only runs that were interleaved are compared"
-    )
-    return [
-        schema.NotMeasured(f"{engine} against torch", None, None, reason)
-        for engine in measured
-        if "torch" in measured and engine not in against_torch
-    ]
 
 
 def _layers(captured: Program, faster: Program, seed: int, notify: Notify) -> LayerDrifts | None:
@@ -580,7 +283,7 @@ def _require_something_to_ablate(request: Request) -> None:
 
 
 def _ablate(
-    engines: Sequence[Backend], trial: _Trial, request: Request, found: _Findings, notify: Notify
+    engines: Sequence[Backend], trial: Trial, request: Request, found: Findings, notify: Notify
 ) -> None:
     """What each pass earned on each engine; a failure here costs nothing but these rows."""
     if trial.is_large:
@@ -616,12 +319,11 @@ def _ablate(
 def _report(
     request: Request,
     machine: Mapping[str, Any],
-    turns: Sequence[Sequence[Backend]],
+    interleaved: Sequence[Sequence[str]],
     described: _Described,
     optimized: Artifact,
-    found: _Findings,
+    found: Findings,
 ) -> Report:
-    interleaved = [[engine.name for engine in turn] for turn in turns]
     return schema.assemble(
         name=described.name,
         source=request.source,
@@ -653,31 +355,6 @@ def _report(
         histories=described.histories,
         directory=found.output,
     )
-
-
-def _ratios(
-    measurements: Sequence[Measurement], seed: int
-) -> tuple[list[schema.Comparison], list[schema.NoiseFloor]]:
-    """Ours against the export as it comes on the same engine, and against eager PyTorch.
-
-    Args:
-        measurements: of one interleaved run; only those can be paired.
-    """
-    blocks = {(each.engine, each.variant): each.blocks for each in measurements}
-    comparisons, floors = [], []
-    for engine in dict.fromkeys(each.engine for each in measurements):
-        against: tuple[tuple[str, Variant], ...] = ((engine, "baseline"), ("torch", "baseline"))
-        for other, variant in dict.fromkeys(against):
-            if (other, variant) in blocks:
-                ratio = stats.paired_ratio(
-                    blocks[other, variant], blocks[engine, "optimized"], seed=seed
-                )
-                comparisons.append(schema.Comparison(engine, "optimized", other, variant, ratio))
-        control = stats.paired_ratio(
-            blocks[engine, "baseline"], blocks[engine, "control"], seed=seed
-        )
-        floors.append(schema.NoiseFloor(engine, control))
-    return comparisons, floors
 
 
 def _changed_functions(request: Request, faster: Program) -> list[OptfuseError]:

@@ -168,7 +168,7 @@ def test_what_makes_a_latency_doubtful_is_in_the_report(
         assert {each.variant for each in measurements} == {"baseline", "control", "optimized"}
         return [Caveat("busy", "this machine", "It was busy", "Others ran", "Stop them")]
 
-    monkeypatch.setattr("optfuse.pipeline.diagnose", doubtful)
+    monkeypatch.setattr("optfuse.trial.diagnose", doubtful)
     result = optimized("net_of_cli_tests.py:build", "--duration", "0.5", "--threads", "1")
     assert result.exit_code == 0, result.stderr
     assert "WARNING: this machine: It was busy. Others ran. Stop them." in result.stdout

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from optfuse import backends, pipeline, stats
+from optfuse import backends, pipeline, stats, trial
 from optfuse.backends import Backend, Session, onnx_runtime, torch_eager
 from optfuse.errors import EngineError
 from optfuse.report import rows
@@ -54,7 +54,7 @@ def measured(engine: str, variant: Variant, milliseconds: float) -> Measurement:
 
 
 def test_a_ratio_above_one_means_that_ours_takes_less_time() -> None:
-    comparisons, floors = pipeline._ratios(
+    comparisons, floors = trial._ratios(
         [
             measured("torch", "baseline", 12.0),
             measured("torch", "control", 12.0),
@@ -104,14 +104,14 @@ TORCH = backends.get("torch")
 def test_each_drift_is_of_its_own_variant_against_float64() -> None:
     x = torch.linspace(1, 2, 8)
     exact = x.double() * 3
-    found = pipeline._Findings(Path())
+    found = trial.Findings(Path())
     sessions = [
         opened("baseline", exact * 1.01),
         opened("control", exact * 1.5),
         opened("optimized", exact * 1.04),
     ]
     reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
-    pipeline._compare_all(sessions, reference, found)
+    trial._compare_all(sessions, reference, found)
     # Every output is scaled, so the relative distance is the scale's own; 1e-12 is rounding.
     assert {each.variant: each.relative_l2 for each in found.drifts} == {
         "baseline": pytest.approx(0.01, rel=1e-12),
@@ -127,9 +127,9 @@ def test_without_float64_there_is_no_drift_and_the_run_goes_on(
 
     monkeypatch.setattr(pipeline, "run_float64", fails)
     x = torch.linspace(1, 2, 8)
-    found = pipeline._Findings(Path())
+    found = trial.Findings(Path())
     reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
-    pipeline._compare_all([opened("optimized", x)], reference, found)
+    trial._compare_all([opened("optimized", x)], reference, found)
     assert found.drifts == []
     [failure] = found.failures
     assert failure.cause == "It does not run in float64: RuntimeError"
@@ -154,15 +154,14 @@ def test_nothing_is_run_in_float64_for_engines_that_only_build(
 ) -> None:
     monkeypatch.delattr(pipeline, "run_float64")
     program = captured(Tripling(), torch.linspace(1, 2, 8))
-    assert pipeline._reference(program, [BUILDER], pipeline._Findings(Path()), silent) is None
+    assert pipeline._reference(program, [BUILDER], trial.Findings(Path()), silent) is None
 
 
 def test_the_time_is_divided_among_the_turns_that_can_run() -> None:
-    request = pipeline.Request(Source("net.py:build"), duration_seconds=6.0)
     onnxruntime = backends.get("onnxruntime")
-    assert pipeline._seconds_of_each([[TORCH], [BUILDER], [onnxruntime]], request) == 3.0
-    assert pipeline._seconds_of_each([[TORCH, BUILDER, onnxruntime]], request) == 6.0
-    assert pipeline._seconds_of_each([[BUILDER]], request) == 6.0
+    assert trial._seconds_of_each([[TORCH], [BUILDER], [onnxruntime]], 6.0) == 3.0
+    assert trial._seconds_of_each([[TORCH, BUILDER, onnxruntime]], 6.0) == 6.0
+    assert trial._seconds_of_each([[BUILDER]], 6.0) == 6.0
 
 
 class Watched:
@@ -182,7 +181,7 @@ class Watched:
             monkeypatch.setattr(session, "__exit__", self._closing(name, session.__exit__))
         for name in ("load", "capture", "optimize"):
             monkeypatch.setattr(pipeline, name, self._holding(vars(pipeline)[name]))
-        monkeypatch.setattr(pipeline, "measure", self._measuring(vars(pipeline)["measure"]))
+        monkeypatch.setattr(trial, "measure", self._measuring(vars(trial)["measure"]))
 
     def _opening(self, name: str, really: Any) -> Any:
         def open_(*arguments: Any) -> Any:
@@ -237,7 +236,7 @@ def request(folder: Path, *engines: str, duration_seconds: float = 0.5) -> pipel
 def test_engines_take_turns_with_a_large_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    monkeypatch.setattr(trial, "LARGE_BYTES", 1)
     watched = Watched(monkeypatch)
     # Asked for last, and first all the same: it runs the programs, which can go after it.
     outcome = pipeline.run(request(tmp_path, "onnxruntime", "torch"))
@@ -267,7 +266,7 @@ def test_engines_take_turns_with_a_large_model(
 def test_a_large_model_is_let_go_before_an_engine_opens_that_runs_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    monkeypatch.setattr(trial, "LARGE_BYTES", 1)
     watched = Watched(monkeypatch)
     pipeline.run(request(tmp_path, "torch", "onnxruntime", duration_seconds=0))
     assert watched.alive_at["torch"] > 0
@@ -303,7 +302,7 @@ def test_an_engine_that_fails_in_its_turn_leaves_the_others_theirs(
     def fails(*_: Any) -> Any:
         raise EngineError("It cannot start", "Out of memory", "Free some memory")
 
-    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    monkeypatch.setattr(trial, "LARGE_BYTES", 1)
     Watched(monkeypatch)
     monkeypatch.setattr(torch_eager.BACKEND, "open", fails)
     outcome = pipeline.run(request(tmp_path, "torch", "onnxruntime"))

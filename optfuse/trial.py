@@ -1,0 +1,371 @@
+"""Both programs on every engine: built, opened, compared with float64, measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from optfuse import backends, memory, stats
+from optfuse.backends import Backend, Session
+from optfuse.compare import drift
+from optfuse.diagnose import diagnose
+from optfuse.environment import activity
+from optfuse.errors import EngineError, OptfuseError
+from optfuse.measure import Schedule, measure
+from optfuse.report import schema
+from optfuse.stages import (
+    Artifact,
+    BuildOptions,
+    Caveat,
+    Drift,
+    EngineReport,
+    LayerDrifts,
+    Measurement,
+    Notify,
+    Program,
+    Variant,
+)
+
+REFERENCE = "captured program in float64"
+
+LARGE_BYTES = 256 * 2**20
+"""From parameters of this size on, engines take turns and memory is spared. All variants of eager
+PyTorch and ONNX Runtime open at once take up to eleven times the parameters: 3 GB for these, which
+most machines have, and soon after it is more than they have."""
+
+
+@dataclass
+class Findings:
+    """What one run found out so far, and the folder its files are in."""
+
+    output: Path
+    artifacts: list[Artifact] = field(default_factory=list)
+    engine_reports: list[EngineReport] = field(default_factory=list)
+    drifts: list[Drift] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    comparisons: list[schema.Comparison] = field(default_factory=list)
+    noise_floors: list[schema.NoiseFloor] = field(default_factory=list)
+    not_measured: list[schema.NotMeasured] = field(default_factory=list)
+    warnings: list[Caveat] = field(default_factory=list)
+    layers: LayerDrifts | None = None
+    ablation: tuple[schema.Ablated, ...] = ()
+    failures: list[OptfuseError] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every engine is given alike.
+
+    Attributes:
+        parameter_bytes: size of the model's parameters and buffers.
+        programs: of each variant, for engines that consume programs. Nothing else holds them, and
+            they are taken away once the last of those engines is through with them.
+        onnx: the ONNX file of each variant.
+        feeds: the inputs to run on.
+        reference: the outputs in float64, or None where there are none.
+        options: how engines build and run.
+        duration_seconds: how long latency is measured in all; 0 measures none.
+        seed: of the order of the runs, and of the intervals.
+    """
+
+    parameter_bytes: int
+    programs: dict[Variant, Program]
+    onnx: dict[Variant, Artifact]
+    feeds: list[torch.Tensor]
+    reference: list[torch.Tensor] | None
+    options: BuildOptions
+    duration_seconds: float
+    seed: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is too large to be open several times over."""
+        return is_large(self.parameter_bytes)
+
+
+def is_large(parameter_bytes: int) -> bool:
+    """Whether a model of so many bytes is too large to be open several times over."""
+    return parameter_bytes >= LARGE_BYTES
+
+
+def choose(names: Sequence[str], targets: Sequence[str]) -> list[Backend]:
+    """The engines of a run, checked before any work is done.
+
+    Args:
+        names: of engines; empty for all that work here.
+        targets: compute capabilities to build for.
+
+    Raises:
+        EngineError: one that was asked for by name is missing.
+        UsageError: there is no engine, or no target, of a name.
+    """
+    chosen = []
+    every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
+    for name in names or every:
+        backend = backends.get(name)
+        missing = backend.unavailable()
+        if missing is None and not (backend.builds and targets):
+            missing = backend.cannot_run()
+        if missing is None:
+            for target in targets if backend.builds else ():
+                backend.check_target(target)
+            chosen.append(backend)
+        elif names:
+            raise EngineError(
+                f"The engine '{name}' cannot be used here",
+                backend.unavailable() or f"It cannot run: {missing}",
+                "Give it a --target to build for without a GPU, such as sm_89"
+                if backend.builds and backend.unavailable() is None
+                else "Install what it needs, or choose from what 'optfuse engines' calls ready",
+            )
+    return chosen
+
+
+def put_through(
+    engines: Sequence[Backend], trial: Trial, found: Findings, notify: Notify
+) -> list[list[str]]:
+    """Build, open, compare and measure on every engine; what is found out goes into `found`.
+
+    Returns:
+        The names of the engines, grouped by those that were open at the same time, so that their
+        runs were interleaved.
+    """
+    turns = _turns(engines, trial)
+    for number, turn in enumerate(turns):
+        _make_room(turns[number:], trial)
+        _take_turn(turn, trial, _seconds_of_each(turns, trial.duration_seconds), found, notify)
+    found.not_measured += _unpaired(trial, found)
+    return [[engine.name for engine in turn] for turn in turns]
+
+
+def _turns(engines: Sequence[Backend], trial: Trial) -> list[Sequence[Backend]]:
+    """Which engines are open at the same time: all of them, so that their runs can be paired.
+
+    With a large model one after the other, because each holds weights of its own; those that
+    consume programs come first, because the programs can go after them.
+    """
+    if not trial.is_large:
+        return [engines]
+    return [[engine] for engine in sorted(engines, key=lambda each: each.consumes != "program")]
+
+
+def _seconds_of_each(turns: Sequence[Sequence[Backend]], duration_seconds: float) -> float:
+    """The time for latency, divided among the turns that have an engine to run."""
+    return duration_seconds / max(1, sum(map(can_run, turns)))
+
+
+def _make_room(coming: Sequence[Sequence[Backend]], trial: Trial) -> None:
+    """With a large model, free what none of the turns to come needs."""
+    if not trial.is_large:
+        return
+    if not any(engine.consumes == "program" for turn in coming for engine in turn):
+        trial.programs.clear()
+    memory.give_back()
+
+
+def can_run(engines: Sequence[Backend]) -> bool:
+    """Whether one of them can run what it builds."""
+    return any(engine.cannot_run() is None for engine in engines)
+
+
+def _take_turn(
+    engines: Sequence[Backend],
+    trial: Trial,
+    seconds: float,
+    found: Findings,
+    notify: Notify,
+) -> None:
+    """Open, compare, measure and close these engines."""
+    with ExitStack() as stack:
+        with memory.freed_at_once(trial.is_large):
+            sessions = _open_all(engines, trial, found, stack, notify)
+        _compare_all(sessions, trial.reference, found)
+        _measure_all(sessions, seconds, trial, found, notify)
+
+
+def _open_all(
+    engines: Sequence[Backend],
+    trial: Trial,
+    found: Findings,
+    stack: ExitStack,
+    notify: Notify,
+) -> list[tuple[str, Variant, Session]]:
+    """Open the export as it comes, the same once more as a control, and ours, on every engine.
+
+    With a large model the control is the first session under a second name: it shows the noise of
+    the runs all the same, though not what a second copy of the weights would add to it.
+    """
+    opened: list[tuple[str, Variant, Session]] = []
+    for backend in engines:
+        try:
+            programs = _runnable(backend, trial, found, notify)
+            if not programs:
+                continue  # its engine reports say why they are not measured
+            first = _open(backend, programs["baseline"], trial, stack, notify)
+            again = (
+                first
+                if trial.is_large
+                else _open(backend, programs["baseline"], trial, stack, notify)
+            )
+            ours = _open(backend, programs["optimized"], trial, stack, notify)
+            opened += [
+                (backend.name, "baseline", first),
+                (backend.name, "control", again),
+                (backend.name, "optimized", ours),
+            ]
+        except EngineError as error:
+            found.failures.append(error)
+            found.not_measured.append(
+                schema.NotMeasured(backend.name, None, None, f"it failed: {error.cause}")
+            )
+    return opened
+
+
+def _runnable(
+    backend: Backend, trial: Trial, found: Findings, notify: Notify
+) -> Mapping[Variant, Artifact | Program]:
+    """What the engine can open of each variant; nothing where it only builds."""
+    if backend.consumes == "program":
+        return trial.programs
+    if not backend.builds:
+        return trial.onnx
+    built = _build(backend, trial.onnx, trial.options, found, notify)
+    return built if "optimized" in built else {}
+
+
+def _open(
+    backend: Backend,
+    program: Artifact | Program,
+    trial: Trial,
+    stack: ExitStack,
+    notify: Notify,
+) -> Session:
+    notify(f"Opening {backend.name}", None)
+    session = stack.enter_context(backend.open(program, trial.options))
+    session.bind(trial.feeds)
+    session.run()
+    return session
+
+
+def _build(
+    backend: Backend,
+    onnx: Mapping[Variant, Artifact],
+    options: BuildOptions,
+    found: Findings,
+    notify: Notify,
+) -> dict[Variant, Artifact | Program]:
+    """Build an engine of each variant for each target; those that can run here, to be opened."""
+    built: dict[Variant, Artifact | Program] = {}
+    for variant, artifact in onnx.items():
+        notify(f"Building {backend.name} from {artifact.path.name}", None)
+        folder = found.output / "engines" / backend.name
+        for engine, report in backend.build(artifact, options, folder):
+            found.artifacts.append(engine)
+            found.engine_reports.append(report)
+            if report.not_measured is None:
+                built[variant] = engine
+    return built
+
+
+def _compare_all(
+    sessions: Sequence[tuple[str, Variant, Session]],
+    reference: Sequence[torch.Tensor] | None,
+    found: Findings,
+) -> None:
+    """The drift of every engine's outputs from the captured program in float64."""
+    for engine, variant, session in sessions:
+        if reference is not None and variant != "control":
+            found.drifts.append(
+                drift(
+                    session.fetch(),
+                    reference,
+                    engine=engine,
+                    variant=variant,
+                    reference_name=REFERENCE,
+                )
+            )
+
+
+def _measure_all(
+    sessions: Sequence[tuple[str, Variant, Session]],
+    seconds: float,
+    trial: Trial,
+    found: Findings,
+    notify: Notify,
+) -> None:
+    """Latency of everything that is open, in one interleaved run, the ratios within it, and what
+    makes them doubtful."""
+    if seconds <= 0:
+        _not_measured(sessions, "no time was given to it (--duration 0)", found)
+    elif sessions:
+        before = activity()
+        try:
+            measured = measure(
+                sessions, schedule=Schedule(budget_seconds=seconds), seed=trial.seed, notify=notify
+            )
+        except EngineError as error:
+            found.failures.append(error)
+            _not_measured(sessions, f"an engine failed: {error.cause}", found)
+        else:
+            comparisons, floors = _ratios(measured, trial.seed)
+            found.measurements += measured
+            found.comparisons += comparisons
+            found.noise_floors += floors
+            found.warnings += diagnose(
+                measured,
+                before,
+                activity(),
+                threads=trial.options.threads,
+                asked_devices=dict.fromkeys(backends.ON_GPU, "gpu"),
+            )
+
+
+def _not_measured(
+    sessions: Sequence[tuple[str, Variant, Session]], reason: str, found: Findings
+) -> None:
+    for engine in dict.fromkeys(engine for engine, _, _ in sessions):
+        found.not_measured.append(schema.NotMeasured(engine, None, None, reason))
+
+
+def _unpaired(trial: Trial, found: Findings) -> list[schema.NotMeasured]:
+    """The ratios to eager PyTorch that are not there because the engines took turns."""
+    measured = list(dict.fromkeys(each.engine for each in found.measurements))
+    against_torch = {each.engine for each in found.comparisons if each.against_engine == "torch"}
+    reason = (
+        f"with {trial.parameter_bytes / 1e6:.0f} MB of parameters the engines took turns to save "
+        "memory, and only runs that were interleaved are compared"
+    )
+    return [
+        schema.NotMeasured(f"{engine} against torch", None, None, reason)
+        for engine in measured
+        if "torch" in measured and engine not in against_torch
+    ]
+
+
+def _ratios(
+    measurements: Sequence[Measurement], seed: int
+) -> tuple[list[schema.Comparison], list[schema.NoiseFloor]]:
+    """Ours against the export as it comes on the same engine, and against eager PyTorch.
+
+    Args:
+        measurements: of one interleaved run; only those can be paired.
+    """
+    blocks = {(each.engine, each.variant): each.blocks for each in measurements}
+    comparisons, floors = [], []
+    for engine in dict.fromkeys(each.engine for each in measurements):
+        against: tuple[tuple[str, Variant], ...] = ((engine, "baseline"), ("torch", "baseline"))
+        for other, variant in dict.fromkeys(against):
+            if (other, variant) in blocks:
+                ratio = stats.paired_ratio(
+                    blocks[other, variant], blocks[engine, "optimized"], seed=seed
+                )
+                comparisons.append(schema.Comparison(engine, "optimized", other, variant, ratio))
+        control = stats.paired_ratio(
+            blocks[engine, "baseline"], blocks[engine, "control"], seed=seed
+        )
+        floors.append(schema.NoiseFloor(engine, control))
+    return comparisons, floors
