@@ -23,7 +23,7 @@ LEVELS = (
     ("cli",),
     ("pipeline", "bench", "diff"),
     ("isolated",),
-    ("ablate", "roofline", "subjects", "gate", "trial"),
+    ("ablate", "roofline", "subjects", "gate", "trial", "recommend"),
     (
         *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
         *("explain", "report", "layers", "limits"),
