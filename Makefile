@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test fuzz check format benchmark zoo clean
+.PHONY: demo test test-gpu gpu-proof fuzz check format bench benchmark zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/optfuse optimize models/googlenet.py:build \
@@ -12,6 +12,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# On a machine with an NVIDIA GPU, with what is installed there: nothing is downloaded.
+HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu:
+	$(HERE) -m pytest -m gpu -rs
+
+# docs/gpu.md: every network, before the passes and after them, on every engine; 8 minutes at most.
+gpu-proof:
+	$(HERE) -m benchmarks.gpu
 
 # Random networks for as long as MINUTES says, from another SEED every time.
 MINUTES ?= 10
@@ -34,6 +43,11 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.latency_agrees
 
+# docs/benchmarks.md: optfuse beside its peers. Goes on where it was stopped; two hours in all, and
+# the machine should have nothing else to do.
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.peers
+
 # docs/zoo.md: every network of torchvision. Goes on where it was stopped; half an hour on two cores.
 zoo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.zoo
@@ -41,6 +55,10 @@ zoo: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,rtx,openvino,dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:

@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.kept import ROOT
 from benchmarks.zoo import results, table
 from benchmarks.zoo.figures import figures_of
 from benchmarks.zoo.networks import GROUPS, draw_weights
 from benchmarks.zoo.refusals import LIFTED_BY, generalised, what_would_lift
-from benchmarks.zoo.results import ROOT
 from benchmarks.zoo.run import NETWORKS, row_of, why_wrong
 from benchmarks.zoo.workers import Job, Worker, run_all
 from optfuse.capture import capture

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.kept import ROOT
 from benchmarks.zoo import results, table
 from benchmarks.zoo.run import NETWORKS
 from benchmarks.zoo.workers import Job, run_all
 from optfuse.environment import environment
 
-MARKDOWN = results.ROOT / "docs" / "zoo.md"
-DOCUMENT = results.ROOT / "docs" / "zoo.json"
+MARKDOWN = ROOT / "docs" / "zoo.md"
+DOCUMENT = ROOT / "docs" / "zoo.json"
 
 
 def main(arguments: list[str]) -> int:
