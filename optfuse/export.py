@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from optfuse.conv_act import ensure_bias, translation_table
-from optfuse.errors import ExportError, OptfuseError
+from optfuse.errors import ExportError, OptfuseError, UsageError
 from optfuse.files import sha256, staged
-from optfuse.graph import ONNX_LAYERS, equals, is_call, operators, origins
+from optfuse.graph import ONNX_LAYERS, equals, export_again, is_call, operators, origins
+from optfuse.onnx_dimensions import name_dimensions
 from optfuse.stages import Artifact, Program, Step, Variant
 
 if TYPE_CHECKING:
@@ -34,20 +35,27 @@ EMBED_LIMIT_BYTES = 256 * 2**20
 Protobuf allows less than 2 GiB in one file, and holds three copies of all of it while it writes."""
 
 
-def export_baseline(program: Program, path: Path) -> Artifact:
+def export_baseline(program: Program, path: Path, *, output_names: Sequence[str] = ()) -> Artifact:
     """Write what `torch.onnx.export` gives as it comes: what people would deploy otherwise.
+
+    Its open dimensions have the user's names.
 
     Args:
         program: as captured; its exported program is handed over untouched.
         path: of the ONNX file, which appears whole or not at all.
+        output_names: what to call outputs, by default what torch.onnx calls them.
 
     Raises:
         ExportError: torch.onnx cannot translate the program.
         OutputError: the file cannot be written.
+        UsageError: the names are not one for each output, or one is taken.
     """
     started = time.perf_counter()
     with _explained(program.name):
         onnx_program = _to_onnx(program.exported)
+        name_dimensions(onnx_program, program)
+        if output_names:
+            _name_outputs(onnx_program, output_names)
     return _write(onnx_program, program, path, "baseline", started)
 
 
@@ -76,15 +84,7 @@ def export(
     started = time.perf_counter()
     with _explained(program.name):
         _mark(program.graph_module)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                program.graph_module,
-                tuple(program.example_args),
-                dict(program.example_kwargs),
-                dynamic_shapes=program.dynamic_shapes,
-                strict=False,
-            )
+        exported = export_again(program)
         onnx_program = _to_onnx(
             exported,
             custom_translation_table=translation_table(),
@@ -93,6 +93,7 @@ def export(
             output_names=list(output_names) or None,
         )
         ensure_bias(onnx_program.model)
+        name_dimensions(onnx_program, program)
         _name_values(onnx_program, program.graph_module)
     return _write(onnx_program, replace(program, exported=exported), path, "optimized", started)
 
@@ -113,21 +114,67 @@ def _name_values(onnx_program: ONNXProgram, graph_module: fx.GraphModule) -> Non
     names = _names_in_onnx(onnx_program, nodes)
     returned = onnx_program.exported_program.graph_signature.user_outputs
     outputs = dict(zip(graph.outputs, returned, strict=False))
-    output_names = {value.name for value in outputs}
     values = [value for node in graph for value in node.outputs]
-    taken = {value.name for value in values}
+    by_torch = {value: outputs.get(value, value.name) or "" for value in values}
+    _free_names_of_outputs(graph)
     layers = {}
-    for value in values:
-        name = outputs.get(value, value.name) or ""
-        number = 1
-        while value not in outputs and value.name in output_names:
-            inner = f"{name}_inner_{number}"
-            value.name = value.name if inner in taken else inner
-            number += 1
+    for value, name in by_torch.items():
         node = nodes.get(names.get(name, ""))
         if node is not None and equals(node):
             layers[value.name] = {"equals": equals(node), "origins": origins(node)}
     onnx_program.model.metadata_props[ONNX_LAYERS] = json.dumps(layers)
+
+
+def _free_names_of_outputs(graph: Any) -> None:
+    """Give each value that has the name of an output another one."""
+    outputs = set(graph.outputs)
+    output_names = {value.name for value in outputs}
+    values = [value for node in graph for value in node.outputs]
+    taken = {value.name for value in values}
+    for value in values:
+        name, number = value.name, 1
+        while value not in outputs and value.name in output_names:
+            inner = f"{name}_inner_{number}"
+            value.name = value.name if inner in taken else inner
+            number += 1
+
+
+def _name_outputs(onnx_program: ONNXProgram, names: Sequence[str]) -> None:
+    """Call the outputs as the user wants it.
+
+    Raises:
+        UsageError: these are not as many as there are outputs, or one is taken.
+    """
+    graph = onnx_program.model.graph
+    own = [value.name for value in graph.outputs]
+    if len(names) != len(own):
+        count = f"{len(own)} output{'' if len(own) == 1 else 's'}"
+        raise UsageError(
+            f"The outputs cannot be called {', '.join(names)}",
+            f"The model has {count} ({', '.join(map(str, own))}), and --output-name is given "
+            f"{len(names)} times",
+            "Give it once for each output, in order",
+        )
+    inputs = {value.name for value in graph.inputs}
+    for name in names:
+        taken = (
+            "It is the name of an input"
+            if name in inputs
+            else "It is the name of a weight"
+            if name in graph.initializers
+            else "It is given more than once"
+            if list(names).count(name) > 1
+            else None
+        )
+        if taken or not name.strip() or not name.isprintable():
+            raise UsageError(
+                f"An output cannot be called {name!r}",
+                taken or "A name has letters, digits or signs, and nothing that cannot be seen",
+                "Choose another name with --output-name",
+            )
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
+    _free_names_of_outputs(graph)
 
 
 def _names_in_onnx(onnx_program: ONNXProgram, nodes: Mapping[str, fx.Node]) -> dict[str, str]:

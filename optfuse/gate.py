@@ -1,10 +1,12 @@
 """A report, held against limits and against an earlier report: the gate of `optfuse check`.
 
-Pure: documents in, a `Gate` out. Three rules hold throughout.
+Pure: documents in, a `Gate` out. Four rules hold throughout.
 
 - Like with like. A baseline report has to be about the same model, inputs, engine, device and
   number of threads; where it is not, the criterion is "not compared" and says why. Versions may
   differ, since a regression after an upgrade is one too; they are named.
+- A limit holds for every choice of sizes that the report has of a model with open dimensions, and
+  each is compared with the same sizes of the baseline.
 - A latency counts only where its whole interval is beyond the limit, and fails only where its ratio
   is beyond the noise floor as well. Else it is "undecided".
 - A limit that nothing in the report can be held against is an error, and never passes by silence.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -91,6 +93,20 @@ _RULES = {
 
 
 @dataclass(frozen=True)
+class _Place:
+    """An engine and, with open dimensions, the sizes it ran at: what a limit is held against."""
+
+    engine: str
+    at: str | None = None
+
+    def __str__(self) -> str:
+        return self.engine if self.at is None else f"{self.engine} at {self.at}"
+
+    def is_of(self, row: Mapping[str, Any]) -> bool:
+        return (row["engine"], row.get("at")) == (self.engine, self.at)
+
+
+@dataclass(frozen=True)
 class _Case:
     """What the limits are held against.
 
@@ -98,13 +114,15 @@ class _Case:
         now: the report.
         then: the baseline report, or None.
         engines: what is looked at.
-        gone: engines that only the baseline report has, with a latency.
+        places: the same with the sizes that each ran at.
+        gone: places that only the baseline report has, with a latency.
     """
 
     now: Document
     then: Document | None
     engines: tuple[str, ...]
-    gone: tuple[str, ...] = ()
+    places: tuple[_Place, ...]
+    gone: tuple[_Place, ...] = ()
 
 
 def check(
@@ -181,66 +199,66 @@ def quotient(over: Ratio, under: Ratio) -> Ratio:
 # --- One judge a limit
 
 
-def _drift(case: _Case, engine: str, limit: float) -> Criterion:
-    row = _row(case.now["drift"], engine)
+def _drift(case: _Case, place: _Place, limit: float) -> Criterion:
+    row = _row(case.now["drift"], place)
     if row is None:
-        return _not_compared("max_drift", engine, limit, _lacks(case.now, "drift", engine))
+        return _not_compared("max_drift", place, limit, _lacks(case.now, "drift", place))
     found = _finite_or_infinity(row["relative_l2"])
     [text] = _written([found], limit, _exponent, 1)
-    return _held("max_drift", engine, limit, found, text, _distance_sentence(row, text))
+    return _held("max_drift", place, limit, found, text, _distance_sentence(place, row, text))
 
 
-def _drift_ratio(case: _Case, engine: str, limit: float) -> Criterion:
+def _drift_ratio(case: _Case, place: _Place, limit: float) -> Criterion:
     name = "max_drift_ratio"
-    ours, export = (_row(case.now["drift"], engine, each) for each in ("optimized", "baseline"))
+    ours, export = (_row(case.now["drift"], place, each) for each in ("optimized", "baseline"))
     if ours is None or export is None:
-        return _not_compared(name, engine, limit, _lacks(case.now, "drift", engine))
+        return _not_compared(name, place, limit, _lacks(case.now, "drift", place))
     distance = _finite_or_infinity(ours["relative_l2"])
     own = _finite_or_infinity(export["relative_l2"])
     if math.isinf(own) and not math.isinf(distance):
-        reason = f"{engine}: the outputs of the export as it comes are infinitely far away"
-        return _not_compared(name, engine, limit, reason)
+        reason = f"{place}: the outputs of the export as it comes are infinitely far away"
+        return _not_compared(name, place, limit, reason)
     # Where the export is exact, ours has to be: there is nothing to multiply.
     found = 0.0 if distance == 0 else math.inf if own in (0, math.inf) else distance / own
     [text] = _written([found], limit, _fixed, 2)
-    said = f"{_distance_sentence(ours, _exponent(distance, 1))}"
+    said = f"{_distance_sentence(place, ours, _exponent(distance, 1))}"
     said += f", and that of the export as it comes is {_exponent(own, 1)}"
-    return _held(name, engine, limit, found, f"{text}x", said)
+    return _held(name, place, limit, found, f"{text}x", said)
 
 
-def _top1(case: _Case, engine: str, limit: float) -> Criterion:
-    row = _row(case.now["drift"], engine)
+def _top1(case: _Case, place: _Place, limit: float) -> Criterion:
+    row = _row(case.now["drift"], place)
     if row is None:
-        return _not_compared("min_top1", engine, limit, _lacks(case.now, "drift", engine))
+        return _not_compared("min_top1", place, limit, _lacks(case.now, "drift", place))
     found = row["top1_agreement"]
     if found is None:
-        reason = f"{engine}: no output looks like logits, so there is no top-1 agreement"
-        return _not_compared("min_top1", engine, limit, reason)
+        reason = f"{place}: no output looks like logits, so there is no top-1 agreement"
+        return _not_compared("min_top1", place, limit, reason)
     [text] = _written([found], limit, _fixed, 3)
-    said = f"{engine}: the largest element is the reference's in a share of {text} of the rows"
-    return _held("min_top1", engine, limit, found, text, said)
+    said = f"{place}: the largest element is the reference's in a share of {text} of the rows"
+    return _held("min_top1", place, limit, found, text, said)
 
 
-def _speedup(case: _Case, engine: str, limit: float) -> Criterion:
-    measured = _measured_speedup(case.now, engine)
+def _speedup(case: _Case, place: _Place, limit: float) -> Criterion:
+    measured = _measured_speedup(case.now, place)
     if measured is None:
-        return _not_compared("min_speedup", engine, limit, _lacks(case.now, "speed-up", engine))
+        return _not_compared("min_speedup", place, limit, _lacks(case.now, "speed-up", place))
     ratio, floor = measured
     return _judged(
-        *("min_speedup", engine, limit, ratio, floor),
-        lambda text: f"{engine}: the optimized model is {text} as fast as the export as it comes",
+        *("min_speedup", place, limit, ratio, floor),
+        lambda text: f"{place}: the optimized model is {text} as fast as the export as it comes",
     )
 
 
-def _slowdown(case: _Case, engine: str, limit: float) -> Criterion:
+def _slowdown(case: _Case, place: _Place, limit: float) -> Criterion:
     assert case.then is not None  # `_slowdowns` sees to it
-    compared = _compared(case.now, case.then, engine)
+    compared = _compared(case.now, case.then, place)
     if isinstance(compared, str):
-        return _not_compared("max_slowdown", engine, limit, f"{engine}: {compared}")
+        return _not_compared("max_slowdown", place, limit, f"{place}: {compared}")
     ratio, floor, how = compared
     return _judged(
-        *("max_slowdown", engine, limit, ratio, floor),
-        lambda text: f"{engine}: a run takes {text} as long as in the baseline report ({how})",
+        *("max_slowdown", place, limit, ratio, floor),
+        lambda text: f"{place}: a run takes {text} as long as in the baseline report ({how})",
     )
 
 
@@ -250,7 +268,7 @@ def _slowdowns(case: _Case, limit: float) -> list[Criterion]:
     else:
         unlike = _differing(_conditions(case.now), _conditions(case.then))
         if not unlike:
-            everything = _Case(case.now, case.then, (*case.engines, *case.gone))
+            everything = replace(case, places=(*case.places, *case.gone))
             return _on_each_engine("max_slowdown", _slowdown)(everything, limit)
         reason = f"The baseline report cannot be compared with: {', '.join(unlike)}"
     return [_not_compared("max_slowdown", "", limit, reason)]
@@ -281,9 +299,9 @@ def _engine_layers(case: _Case, limit: float) -> list[Criterion]:
 _Judge = Callable[[_Case, float], list[Criterion]]
 
 
-def _on_each_engine(name: str, judge: Callable[[_Case, str, float], Criterion]) -> _Judge:
+def _on_each_engine(name: str, judge: Callable[[_Case, _Place, float], Criterion]) -> _Judge:
     def judged(case: _Case, limit: float) -> list[Criterion]:
-        found = [judge(case, engine, limit) for engine in case.engines]
+        found = [judge(case, place, limit) for place in case.places]
         return found or [_not_compared(name, "", limit, "The report has no engine")]
 
     return judged
@@ -303,7 +321,7 @@ _JUDGES: Mapping[str, _Judge] = {
 # --- Like with like
 
 
-def _compared(now: Document, then: Document, engine: str) -> tuple[Ratio, float, str] | str:
+def _compared(now: Document, then: Document, place: _Place) -> tuple[Ratio, float, str] | str:
     """How many times as long a run takes as it did, the noise floor, and how that was taken; or why
     it cannot be said.
 
@@ -313,16 +331,16 @@ def _compared(now: Document, then: Document, engine: str) -> tuple[Ratio, float,
     it. Where it is not, the latencies themselves are compared: an engine that got slower for
     everything has made ours slower too.
     """
-    after, before = _row(now["latency"], engine), _row(then["latency"], engine)
+    after, before = _row(now["latency"], place), _row(then["latency"], place)
     if after is None:
-        return _missing(now, "latency", engine)
+        return _missing(now, "latency", place)
     if before is None:
         return "the baseline report has no latency of it"
     unlike = _differing(_device(now, after), _device(then, before))
     if unlike:
         return f"the baseline report cannot be compared with: {', '.join(unlike)}"
     medians = f"{significant(before['median_ms'], 4)} -> {significant(after['median_ms'], 4)} ms"
-    speedup, earlier = _measured_speedup(now, engine), _measured_speedup(then, engine)
+    speedup, earlier = _measured_speedup(now, place), _measured_speedup(then, place)
     latency, previous = _latency(after), _latency(before)
     if speedup is None or earlier is None or latency is None or previous is None:
         return "too little of it was measured for an interval"
@@ -403,9 +421,27 @@ def _case(now: Document, then: Document | None, asked: tuple[str, ...]) -> _Case
                 f"It has {', '.join(here) or 'none at all'}",
                 "Choose from those with --engine",
             )
-    before = dict.fromkeys(row["engine"] for row in ([] if then is None else then["latency"]))
-    gone = () if asked else tuple(engine for engine in before if engine not in here)
-    return _Case(now, then, asked or here, gone)
+    engines = asked or here
+    places = tuple(place for engine in engines for place in _places(now, engine))
+    rows = [] if then is None else then["latency"]
+    before = dict.fromkeys(_Place(row["engine"], row.get("at")) for row in rows)
+    gone = (each for each in before if each not in places)
+    return _Case(
+        now,
+        then,
+        engines,
+        places,
+        tuple(each for each in gone if not asked or each.engine in asked),
+    )
+
+
+def _places(document: Document, engine: str) -> list[_Place]:
+    """An engine at all sizes that the report says anything about; without any, the engine alone."""
+    tables = ("drift", "latency", "not_measured")
+    found = dict.fromkeys(
+        row.get("at") for name in tables for row in document[name] if row["engine"] == engine
+    )
+    return [_Place(engine, at) for at in found if at is not None] or [_Place(engine)]
 
 
 def _engines(document: Document) -> tuple[str, ...]:
@@ -415,17 +451,17 @@ def _engines(document: Document) -> tuple[str, ...]:
 
 
 def _row(
-    rows: Sequence[Mapping[str, Any]], engine: str, variant: str = "optimized"
+    rows: Sequence[Mapping[str, Any]], place: _Place, variant: str = "optimized"
 ) -> Mapping[str, Any] | None:
-    found = (row for row in rows if (row["engine"], row["variant"]) == (engine, variant))
+    found = (row for row in rows if place.is_of(row) and row["variant"] == variant)
     return next(found, None)
 
 
-def _measured_speedup(document: Document, engine: str) -> tuple[Ratio, float] | None:
+def _measured_speedup(document: Document, place: _Place) -> tuple[Ratio, float] | None:
     """Ours against the export as it comes on the same engine, and the noise floor."""
     for row in document["speedups"]:
         if (row["variant"], row["against"]) == ("optimized", "baseline") and (
-            row["engine"] == row["against_engine"] == engine
+            place.is_of(row) and row["against_engine"] == place.engine
         ):
             low, ratio, high = row["low"] or 0, row["ratio"] or 0, row["high"] or 0
             if 0 < low <= ratio <= high:  # null and 0 are no ends of an interval
@@ -443,13 +479,14 @@ def _latency(row: Mapping[str, Any]) -> Ratio | None:
         return None
 
 
-def _lacks(document: Document, what: str, engine: str) -> str:
-    return f"{engine}: {_missing(document, what, engine)}"
+def _lacks(document: Document, what: str, place: _Place) -> str:
+    return f"{place}: {_missing(document, what, place)}"
 
 
-def _missing(document: Document, what: str, engine: str) -> str:
-    rows = document["not_measured"]
-    reasons = dict.fromkeys(row["reason"] for row in rows if row["engine"] == engine)
+def _missing(document: Document, what: str, place: _Place) -> str:
+    rows = [row for row in document["not_measured"] if row["engine"] == place.engine]
+    # What has no sizes is about all of them.
+    reasons = dict.fromkeys(row["reason"] for row in rows if row.get("at") in (None, place.at))
     return f"the report has no {what} of it" + (f", {'; '.join(reasons)}" if reasons else "")
 
 
@@ -457,11 +494,11 @@ def _finite_or_infinity(number: float | None) -> float:
     return math.inf if number is None else number  # JSON knows no infinity
 
 
-def _distance_sentence(row: Mapping[str, Any], text: str) -> str:
+def _distance_sentence(place: _Place, row: Mapping[str, Any], text: str) -> str:
     if row["nonfinite"]:
         wrong = f"{row['nonfinite']} values are not finite where those of the reference are"
-        return f"{row['engine']}: {wrong}, which makes the drift infinite"
-    return f"{row['engine']}: the drift from the {row['reference']} is {text} (relative L2)"
+        return f"{place}: {wrong}, which makes the drift infinite"
+    return f"{place}: the drift from the {row['reference']} is {text} (relative L2)"
 
 
 def _refuse_other_kinds(document: Document) -> None:
@@ -485,7 +522,9 @@ def _refuse_itself(now: Document, then: Document) -> None:
 # --- Verdicts and words
 
 
-def _held(name: str, on: str, limit: float, found: float, text: str, said: str) -> Criterion:
+def _held(
+    name: str, on: _Place | str, limit: float, found: float, text: str, said: str
+) -> Criterion:
     """A number without uncertainty against its limit."""
     holds = found <= limit if _RULES[name].sign == "<=" else found >= limit
     sentence = f"{said}; {_asked(name, limit)}"
@@ -493,7 +532,12 @@ def _held(name: str, on: str, limit: float, found: float, text: str, said: str) 
 
 
 def _judged(
-    name: str, on: str, limit: float, ratio: Ratio, floor: float, said: Callable[[str], str]
+    name: str,
+    on: _Place | str,
+    limit: float,
+    ratio: Ratio,
+    floor: float,
+    said: Callable[[str], str],
 ) -> Criterion:
     """A ratio with its interval against its limit.
 
@@ -525,13 +569,13 @@ def _outcome(ratio: Ratio, limit: float, floor: float, sign: str) -> tuple[Outco
     return "failed", ""
 
 
-def _not_compared(name: str, on: str, limit: float, reason: str) -> Criterion:
+def _not_compared(name: str, on: _Place | str, limit: float, reason: str) -> Criterion:
     return _criterion(name, on, limit, None, NONE, "not compared", reason)
 
 
 def _criterion(
     name: str,
-    on: str,
+    on: _Place | str,
     limit: float,
     value: float | None,
     found: str,
@@ -542,7 +586,7 @@ def _criterion(
     return Criterion(
         option=option(name),
         name=rule.name,
-        on=printable(on),
+        on=printable(str(on)),
         limit=limit,
         allowed=f"{rule.sign} {_limit(name, limit)}",
         value=value,

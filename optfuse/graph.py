@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -19,11 +20,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _pytree as fx_pytree
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+if TYPE_CHECKING:
+    from optfuse.stages import Program
+
 ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 ONNX_LAYERS = "optfuse.layers"
 """Key in an ONNX file's metadata under which our export writes down, as JSON, what its values stand
 for: `{value: {"equals": [...], "origins": [...]}}`, names of captured nodes as in a node's meta."""
+
+
+def export_again(program: Program) -> torch.export.ExportedProgram:
+    """What torch.export makes of a program's graph as it is now; its `exported` is as captured.
+
+    Raises:
+        Exception: torch.export does not take the graph; it raises whatever it likes.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about PyTorch's own code
+        return torch.export.export(
+            program.graph_module,
+            tuple(program.example_args),
+            dict(program.example_kwargs),
+            dynamic_shapes=program.dynamic_shapes,
+            strict=False,
+        )
 
 
 def operators(graph_module: fx.GraphModule) -> dict[str, int]:

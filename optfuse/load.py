@@ -30,10 +30,11 @@ from typing import Any
 import numpy
 import torch
 
+from optfuse.dimensions import capture_sizes, numbered, points, require_consistent, spelled
 from optfuse.errors import LoadError, UsageError
 from optfuse.inputs import Arguments, random_arguments, require_possible
 from optfuse.normalize import normalized
-from optfuse.stages import InputSpec, LoadedModel, Source
+from optfuse.stages import InputSpec, LoadedModel, OpenSizes, Point, Source
 from optfuse.weights import describe, first_few, load_weights, require_file
 
 LIBRARIES = ("torchvision", "timm")
@@ -63,6 +64,9 @@ def load(source: Source) -> LoadedModel:
     arguments, a dict of keyword arguments, or a single tensor. Whether their shapes fit is found
     out when the model is captured; that they are as many as `forward` takes is checked here.
 
+    Sizes that `--dim` leaves open are so in `dynamic_shapes` too, and the inputs are of sizes to
+    capture the model on.
+
     The folder that the code is imported from stays the first on `sys.path`, because a model may
     import more of it when it runs. The global random states are as before.
 
@@ -77,8 +81,7 @@ def load(source: Source) -> LoadedModel:
             "A seed lies between 0 and 2^63 - 1",
             "Choose a smaller whole number that is not negative",
         )
-    for spec in source.inputs:
-        require_possible(spec)
+    _require_possible(source)
     library, _, name = source.text.partition(":")
     is_library = library in LIBRARIES and name
     found = _in_library(library, name, source) if is_library else _in_code(source)
@@ -86,13 +89,84 @@ def load(source: Source) -> LoadedModel:
         load_weights(found.model, source.weights, trust=source.trust)
     with _user_code(source):
         found.model.eval()
-    if source.inputs:
-        arguments = random_arguments(source.inputs, source.seed)
+    sizes = _open_sizes(source)
+    if sizes is not None:
+        arguments: Arguments = sizes.captures[0].args, dict(sizes.captures[0].kwargs)
+    elif source.inputs:
+        arguments = random_arguments(_with_numbers(source), source.seed)
     else:
         arguments = found.example_arguments()
     _require_accepted(found.model, arguments, source)
-    model = LoadedModel(found.name, found.model, *arguments)
+    shapes = None if sizes is None else _dynamic_shapes(found.model, sizes)
+    model = LoadedModel(found.name, found.model, *arguments, dynamic_shapes=shapes, sizes=sizes)
     return normalized(model, source.normalize) if source.normalize else model
+
+
+def _require_possible(source: Source) -> None:
+    """Refuse inputs that cannot be, with every dimension at its most.
+
+    Raises:
+        UsageError: as it says.
+    """
+    require_consistent(source.dimensions, source.inputs)
+    for spec in source.inputs:
+        require_possible(spec)
+    for spec in numbered(source.inputs, {each.name: each.most for each in source.dimensions}):
+        require_possible(spec)
+
+
+def _with_numbers(source: Source) -> tuple[InputSpec, ...]:
+    """The inputs with numbers in the place of those names that are no more than that."""
+    fixed = {each.name: each.usual for each in source.dimensions if each.least == each.most}
+    return numbered(source.inputs, fixed)
+
+
+def _open_sizes(source: Source) -> OpenSizes | None:
+    """The open dimensions, with random inputs of each choice of their sizes that is of use; None
+    where there are none."""
+    dimensions = [each for each in source.dimensions if each.least < each.most]
+    if not dimensions:
+        return None
+    specs = _with_numbers(source)
+    taken = {size for spec in specs for size in spec.shape if isinstance(size, int)}
+
+    def point(sizes: Mapping[str, int]) -> Point:
+        return Point(spelled(sizes), *random_arguments(numbered(specs, sizes), source.seed))
+
+    return OpenSizes(
+        dimensions=tuple(dimensions),
+        inputs=specs,
+        points=tuple(map(point, points(dimensions))),
+        captures=tuple(map(point, capture_sizes(dimensions, taken))),
+    )
+
+
+def _dynamic_shapes(model: torch.nn.Module, sizes: OpenSizes) -> Any:
+    """What torch.export takes: by the names of forward's parameters, where it tells them."""
+    made = {
+        each.name: torch.export.Dim(each.name, min=each.least, max=each.most)
+        for each in sizes.dimensions
+    }
+
+    def axes(spec: InputSpec) -> dict[int, Any]:
+        return {axis: made[str(size)] for axis, size in enumerate(spec.shape) if size in made}
+
+    positional, named = sizes.arranged
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return tuple(map(axes, positional))  # a forward written in C doesn't tell; capture will
+    bound = signature.bind(
+        *map(axes, positional), **{name: axes(spec) for name, spec in named.items()}
+    )
+    for name in bound.arguments:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            raise LoadError(
+                "This model cannot have open sizes",
+                f"Its forward takes '**{name}', and torch.export does not go together with that",
+                "Name each of these inputs among forward's parameters, or give sizes as numbers",
+            )
+    return dict(bound.arguments)
 
 
 def _in_library(library: str, name: str, source: Source) -> _Found:

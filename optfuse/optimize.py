@@ -3,7 +3,8 @@
 The proof: after a pass has changed the graph, the program is run in float64 on seeded random
 inputs and compared with what it gave before. A relative L2 distance above `PROOF_LIMIT` undoes the
 pass. New constants stay float64 until all passes are done, so an exact rewrite is exact to about
-1e-15 here, and 1e-10 leaves room for long sums while any real mistake is far above it.
+1e-15 here, and 1e-10 leaves room for long sums while any real mistake is far above it. With open
+dimensions that is done at two sizes, so that nothing is right at the captured one alone.
 
 The passes also run on the branches of higher-order operators such as `torch.cond`. Each of them is
 a graph with a proof of its own, on random inputs like those it is called with, so that a branch
@@ -12,6 +13,7 @@ that the program's inputs do not take is proved as well.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from optfuse import passes
 from optfuse.branches import (
@@ -46,7 +49,7 @@ from optfuse.graph import (
     take_over,
 )
 from optfuse.passes import Match, Pass, Refusal
-from optfuse.stages import Involved, Notify, Program, Refused, Site, Step, silent
+from optfuse.stages import Involved, Notify, Point, Program, Refused, Site, Step, silent
 
 PROOF_LIMIT = 1e-10
 ROUND_LIMIT = 10
@@ -170,10 +173,8 @@ class _Run:
         prepare(original)
         self.graph_module = independent(original)
         own_what_is_written(self.graph_module)
-        args, kwargs = self.program.example_args, self.program.example_kwargs
-        proof = _Proof(
-            self.program.name, original, random_inputs(args, kwargs, self.seed), self.seed
-        )
+        inputs = [_redrawn(each, self.seed) for each in _sizes_of_proof(self.program)]
+        proof = _Proof(self.program.name, original, inputs, self.seed)
         self.bodies = [_Body("", self.graph_module, proof)]
 
     def enter_branches(self) -> None:
@@ -188,11 +189,11 @@ class _Run:
         inputs = self._inputs_of_branches()
         self.bodies = [own]
         for each in inner:
-            drawn = random_inputs(inputs[each.path], {}, self.seed)
+            drawn = _redrawn(Point("", inputs[each.path]), self.seed)
             proof = _Proof(
                 f"{self.program.name}: {each.path}",
                 independent(each.graph_module),
-                drawn,
+                [drawn],
                 self.seed,
             )
             body = _Body(f"{each.path}.", each.graph_module, proof)
@@ -299,55 +300,92 @@ class _Run:
         )
 
 
+def _sizes_of_proof(program: Program) -> list[Point]:
+    """Inputs of every size that a proof runs at: those it was captured on and, with open
+    dimensions, the point with the fewest elements of those with other sizes."""
+    captured = Point("", program.example_args, program.example_kwargs)
+    if program.sizes is None:
+        return [captured]
+    others = [point for point in program.sizes.points if _shapes(point) != _shapes(captured)]
+    return [captured, *sorted(others, key=lambda point: sum(map(math.prod, _shapes(point))))[:1]]
+
+
+def _shapes(point: Point) -> list[torch.Size]:
+    leaves = pytree.tree_leaves((tuple(point.args), dict(point.kwargs)))
+    return [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _redrawn(point: Point, seed: int) -> Point:
+    return Point(point.at, *random_inputs(point.args, point.kwargs, seed))
+
+
 class _Proof:
-    """What a graph computes in float64, taken once and compared with after every pass."""
+    """What a graph computes in float64, taken once and compared with after every pass.
+
+    Args:
+        name: of the program, for errors.
+        original: the graph as it was.
+        inputs: of each size that it is run at.
+        seed: for operators that draw random numbers.
+    """
 
     def __init__(
-        self,
-        name: str,
-        original: fx.GraphModule,
-        inputs: tuple[tuple[Any, ...], dict[str, Any]],
-        seed: int,
+        self, name: str, original: fx.GraphModule, inputs: Sequence[Point], seed: int
     ) -> None:
         self._name = name
         self._original = original
         self._inputs = inputs
         self._seed = seed
-        self._reference: list[Any] | None = None
-        self._proved: list[Any] | None = None
+        self._reference: list[list[Any]] | None = None
+        self._proved: list[list[Any]] | None = None
 
     def check(self, graph_module: fx.GraphModule) -> tuple[float | None, str | None]:
         """The distance to what the graph gave before (None where there are no outputs to compare),
         and why the pass must be undone."""
         if self._reference is None:
             self._reference = self._run_original()
-        try:
-            outputs = run_float64(graph_module, *self._inputs, seed=self._seed)
-        except Exception as error:
-            return None, f"the rewritten graph does not run in float64: {_one_line(error)}"
-        relative_l2 = distance(self._reference, outputs)
-        if relative_l2 <= PROOF_LIMIT:
-            self._proved = outputs
-            return relative_l2, None
-        if relative_l2 == float("inf"):
-            return relative_l2, (
-                "in float64 its outputs differ in shape, in dtype, in an integer, or in where "
-                "they are finite"
-            )
-        return relative_l2, (
-            f"in float64 its outputs moved by a relative L2 of {relative_l2:.1e}, "
-            f"and {PROOF_LIMIT:.0e} is the limit"
-        )
+        proved = []
+        largest = 0.0
+        for inputs, reference in zip(self._inputs, self._reference, strict=True):
+            where = f" at {inputs.at}" if inputs.at else ""
+            try:
+                outputs = self._run(graph_module, inputs)
+            except Exception as error:
+                failed = f"the rewritten graph does not run in float64{where}: {_one_line(error)}"
+                return None, failed
+            relative_l2 = distance(reference, outputs)
+            if not relative_l2 <= PROOF_LIMIT:
+                return relative_l2, _moved(relative_l2, where)
+            proved.append(outputs)
+            largest = max(largest, relative_l2)
+        self._proved = proved
+        return largest, None
 
     def accept(self) -> None:
         """Compare the next pass with what was checked last."""
         self._reference, self._proved = self._proved, None
 
-    def _run_original(self) -> list[Any]:
+    def _run_original(self) -> list[list[Any]]:
         try:
-            return run_float64(self._original, *self._inputs, seed=self._seed)
+            return [self._run(self._original, inputs) for inputs in self._inputs]
         except Exception as error:
             raise _not_provable(self._name, error) from error
+
+    def _run(self, graph_module: fx.GraphModule, inputs: Point) -> list[Any]:
+        return run_float64(graph_module, inputs.args, inputs.kwargs, seed=self._seed)
+
+
+def _moved(relative_l2: float, where: str) -> str:
+    """Why a pass that moved the outputs so far is undone."""
+    if relative_l2 == float("inf"):
+        return (
+            f"in float64 its outputs differ{where} in shape, in dtype, in an integer, or in where "
+            "they are finite"
+        )
+    return (
+        f"in float64 its outputs moved{where} by a relative L2 of {relative_l2:.1e}, "
+        f"and {PROOF_LIMIT:.0e} is the limit"
+    )
 
 
 @dataclass

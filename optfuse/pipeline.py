@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from optfuse.report import markdown, schema
 from optfuse.stages import (
     Artifact,
     BuildOptions,
+    Dimension,
+    InputShapes,
     InputSpec,
     LayerDrifts,
     LayerHistory,
@@ -44,7 +46,16 @@ from optfuse.stages import (
     Source,
     silent,
 )
-from optfuse.trial import REFERENCE, Findings, Trial, can_run, choose, is_large, put_through
+from optfuse.trial import (
+    REFERENCE,
+    Findings,
+    Inputs,
+    Trial,
+    can_run,
+    choose,
+    is_large,
+    put_through,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Request:
         output: the folder that receives everything; None for `out/` and the model's name.
         threads: of every engine that runs on the CPU, and of the proofs.
         duration_seconds: how long latency is measured in all; 0 measures none.
+        output_names: what the outputs are called in both ONNX files; empty for torch.onnx's names.
         ablate: measure each pass alone, each one left out, and all up to each one.
         strict: a pass that changed the function fails the run, after it was undone.
         command: the command line that gives this run again.
@@ -71,6 +83,7 @@ class Request:
     targets: tuple[str, ...] = ()
     threads: int = 1
     duration_seconds: float = 15.0
+    output_names: tuple[str, ...] = ()
     ablate: bool = False
     strict: bool = False
     command: tuple[str, ...] = ()
@@ -120,11 +133,13 @@ def _run(
         notify(f"Capturing {model.name} with torch.export", None)
         captured = capture(model)
         faster = optimize(captured, selected, seed=request.source.seed, notify=notify)
-        reference = _reference(captured, engines, found, notify)
+        inputs = _inputs(captured, engines, found, notify)
         if not is_large(parameter_bytes):  # it takes five runs in step
             found.layers = _layers(captured, faster, request.source.seed, notify)
         notify("Exporting ONNX as it comes", None)
-        baseline = export_baseline(captured, output / "baseline.onnx")
+        baseline = export_baseline(
+            captured, output / "baseline.onnx", output_names=request.output_names
+        )
         notify("Exporting optimized ONNX", None)
         optimized = export(
             faster,
@@ -140,10 +155,13 @@ def _run(
         parameter_bytes,
         programs={"baseline": captured, "optimized": faster},
         onnx={"baseline": baseline, "optimized": optimized},
-        feeds=_tensors(flat_inputs(captured.graph_module, *_examples(captured))),
-        reference=reference,
+        inputs=inputs,
+        usual=next(each for each in inputs if each.at == _usual(captured)),
         options=BuildOptions(
-            targets=request.targets, threads=request.threads, cache=cache_folder()
+            targets=request.targets,
+            threads=request.threads,
+            cache=cache_folder(),
+            shapes=_profile(baseline, inputs, _usual(captured)),
         ),
         duration_seconds=request.duration_seconds,
         seed=request.source.seed,
@@ -222,6 +240,7 @@ class _Described:
     passes: list[str]
     name: str
     inputs: list[InputSpec]
+    dimensions: tuple[Dimension, ...]
     before: schema.ProgramCounts
     after: schema.ProgramCounts
     histories: tuple[LayerHistory, ...]
@@ -238,33 +257,68 @@ def _weights(*exported: Artifact) -> list[Artifact]:
     return found
 
 
-def _reference(
+def _inputs(
     captured: Program, engines: Sequence[Backend], found: Findings, notify: Notify
-) -> list[torch.Tensor] | None:
-    """The captured program's outputs in float64; None where nothing is compared with them, or
-    where it does not run in float64."""
-    if not can_run(engines):
-        return None
-    notify("Running the float64 reference", None)
-    try:
-        return _tensors(run_float64(captured.graph_module, *_examples(captured)))
-    except Exception as error:
-        found.failures.append(
-            ModelError(
-                f"The drift of '{captured.name}' cannot be taken",
-                f"It does not run in float64: {type(error).__name__}",
-                "Use the report's latency alone, or leave out of the model what needs float32",
-            )
-        )
-        return None
+) -> list[Inputs]:
+    """What every engine is run on, with the captured program's outputs in float64; None where
+    nothing is compared with them, or where it does not run in float64."""
+    inputs = []
+    for at, args, kwargs in _points(captured):
+        feeds = _tensors(flat_inputs(captured.graph_module, args, kwargs))
+        reference = None
+        if can_run(engines):
+            notify(f"Running the float64 reference{f' at {at}' if at else ''}", None)
+            try:
+                reference = _tensors(run_float64(captured.graph_module, args, kwargs))
+            except Exception as error:
+                found.failures.append(
+                    ModelError(
+                        f"The drift of '{captured.name}' cannot be taken",
+                        f"It does not run in float64{f' at {at}' if at else ''}: "
+                        f"{type(error).__name__}",
+                        "Use the report's latency alone, or leave out of the model what needs "
+                        "float32",
+                    )
+                )
+        inputs.append(Inputs(at, feeds, reference))
+    return inputs
+
+
+def _points(program: Program) -> list[tuple[str | None, tuple[Any, ...], Mapping[str, Any]]]:
+    """Where drift and latency are taken: the examples or, with open dimensions, each point."""
+    if program.sizes is None:
+        return [(None, program.example_args, program.example_kwargs)]
+    return [(point.at, point.args, point.kwargs) for point in program.sizes.points]
+
+
+def _usual(program: Program) -> str | None:
+    return None if program.sizes is None else program.sizes.usual.at
+
+
+def _profile(
+    baseline: Artifact, inputs: Sequence[Inputs], usual: str | None
+) -> tuple[InputShapes, ...]:
+    """The shapes of each input that has open dimensions."""
+    if usual is None:
+        return ()
+    [middle] = [each for each in inputs if each.at == usual]
+    shapes = [
+        [tuple(feed.shape) for feed in each.feeds] for each in (inputs[0], middle, inputs[-1])
+    ]
+    return tuple(
+        InputShapes(name, least, usual_, most)
+        for name, least, usual_, most in zip(baseline.input_names, *shapes, strict=True)
+        if least != most
+    )
 
 
 def _layers(captured: Program, faster: Program, seed: int, notify: Notify) -> LayerDrifts | None:
     """The drift of every layer on PyTorch; None where a layer does not run by itself or in float64,
     which costs no more than this one table."""
+    at, args, kwargs = _points(captured)[0]  # the cheapest, and layers are the same at all
     notify("Comparing layer by layer", None)
     try:
-        return compare_layers(captured, faster, seed=seed)
+        return replace(compare_layers(captured, faster, args, dict(kwargs), seed=seed), at=at)
     except ModelError:
         return None
 
@@ -299,8 +353,8 @@ def _ablate(
                 select(request.passes),
                 engines,
                 baseline=trial.onnx["baseline"],
-                feeds=trial.feeds,
-                reference=trial.reference,
+                feeds=trial.usual.feeds,
+                reference=trial.usual.reference,
                 reference_name=REFERENCE,
                 options=trial.options,
                 folder=Path(folder),
@@ -312,7 +366,10 @@ def _ablate(
         except OptfuseError as error:
             found.failures.append(error)
             return
-    found.ablation = ablation.rows
+    found.ablation = tuple(
+        replace(row, measurement=replace(row.measurement, at=trial.usual.at))
+        for row in ablation.rows
+    )
     found.failures += ablation.failures
 
 
@@ -339,6 +396,7 @@ def _report(
             "duration_seconds": request.duration_seconds,
         },
         inputs=described.inputs,
+        dimensions=described.dimensions,
         before=described.before,
         after=described.after,
         steps=optimized.trace,
@@ -377,6 +435,7 @@ def _describe(selected: Sequence[Pass], captured: Program, faster: Program) -> _
         passes=[str(each) for each in selected],
         name=captured.name,
         inputs=_described_inputs(captured),
+        dimensions=captured.sizes.dimensions if captured.sizes else (),
         before=_counts(captured),
         after=_counts(faster),
         histories=histories(captured, faster),
@@ -388,24 +447,27 @@ def _parameter_bytes(model: LoadedModel) -> int:
 
 
 def _counts(program: Program) -> schema.ProgramCounts:
+    usual = program
+    if program.sizes is not None:
+        point = program.sizes.usual
+        usual = replace(program, example_args=point.args, example_kwargs=point.kwargs)
     return schema.ProgramCounts(
         operators_by_type=operators(program.graph_module),
         parameters=cost.parameters(program),
-        flops=cost.flops(program),
+        flops=cost.flops(usual),
     )
 
 
 def _described_inputs(program: Program) -> list[InputSpec]:
-    leaves = flat_inputs(program.graph_module, *_examples(program))
+    """The inputs by the program's names for them, with the names of open dimensions."""
+    graph_module = program.graph_module
+    leaves = flat_inputs(graph_module, program.example_args, program.example_kwargs)
+    specs = flat_inputs(graph_module, *program.sizes.arranged) if program.sizes else leaves
     return [
-        InputSpec(node.name, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
-        for node, leaf in zip(placeholders(program.graph_module.graph), leaves, strict=True)
+        InputSpec(node.name, tuple(spec.shape), str(leaf.dtype).removeprefix("torch."))
+        for node, leaf, spec in zip(placeholders(graph_module.graph), leaves, specs, strict=True)
         if isinstance(leaf, torch.Tensor)
     ]
-
-
-def _examples(program: Program) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    return program.example_args, program.example_kwargs
 
 
 def _tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:

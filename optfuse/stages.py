@@ -30,11 +30,69 @@ def silent(_description: str, _fraction: float | None = None) -> None:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One `--input [NAME=]SHAPE[:DTYPE]`: an input's name (if given), shape and dtype name."""
+    """One `--input [NAME=]SHAPE[:DTYPE]`: an input's name (if given), shape and dtype name.
+
+    A size in the shape is a number or the name of a `Dimension`.
+    """
 
     name: str | None
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One `--dim NAME=MIN:OPT:MAX`: a size that stays open from the least to the most, and is
+    usually the one in between. Where least and most are the same, the name stands for a number."""
+
+    name: str
+    least: int
+    usual: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """Inputs of one choice of sizes for the open dimensions.
+
+    Attributes:
+        at: the sizes as text, e.g. `N=8` or `N=8, H=224`.
+        args, kwargs: positional and keyword inputs of `forward`.
+    """
+
+    at: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpenSizes:
+    """Which sizes of a model's inputs are open, and inputs to try them on.
+
+    Attributes:
+        dimensions: each with a least and a most that differ.
+        inputs: the model's inputs, with the dimensions' names among their sizes.
+        points: inputs with all dimensions at their least, their usual and their most; where two of
+            these are the same sizes, once.
+        captures: inputs to capture the model on, the first that does.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    inputs: tuple[InputSpec, ...]
+    points: tuple[Point, ...]
+    captures: tuple[Point, ...]
+
+    @property
+    def arranged(self) -> tuple[tuple[InputSpec, ...], dict[str, InputSpec]]:
+        """The inputs as `forward` takes them: positional and keyword."""
+        positional = tuple(spec for spec in self.inputs if spec.name is None)
+        return positional, {spec.name: spec for spec in self.inputs if spec.name is not None}
+
+    @property
+    def usual(self) -> Point:
+        """The inputs of the sizes to be fastest at."""
+        at = ", ".join(f"{each.name}={each.usual}" for each in self.dimensions)
+        return next(point for point in self.points if point.at == at)
 
 
 @dataclass(frozen=True)
@@ -61,6 +119,7 @@ class Source:
         seed: seeds every random choice made while loading.
         trust: the user accepts that unpickling the weights file can run code.
         normalize: what is done to the model's images in front of it, or None for nothing.
+        dimensions: what the names among the sizes of `inputs` stand for.
     """
 
     text: str
@@ -69,6 +128,7 @@ class Source:
     seed: int = 0
     trust: bool = False
     normalize: Normalization | None = None
+    dimensions: tuple[Dimension, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +141,7 @@ class LoadedModel:
         example_args: positional inputs of `forward`.
         example_kwargs: keyword inputs of `forward`.
         dynamic_shapes: as torch.export takes them, or None for static shapes.
+        sizes: the dimensions that the user left open, or None where there are none.
     """
 
     name: str
@@ -88,6 +149,7 @@ class LoadedModel:
     example_args: tuple[Any, ...]
     example_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
+    sizes: OpenSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +233,7 @@ class Program:
         example_args, example_kwargs: inputs it runs on.
         dynamic_shapes: as torch.export takes them, or None.
         trace: everything that was done to it so far.
+        sizes: the dimensions that the user left open, or None where there are none.
     """
 
     name: str
@@ -180,6 +243,7 @@ class Program:
     example_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     trace: tuple[Step, ...] = ()
+    sizes: OpenSizes | None = None
 
     def with_step(self, step: Step) -> Program:
         """The same program with one more step in its trace."""
@@ -195,12 +259,15 @@ class EngineLayer:
         kind: its type, e.g. `correlation`.
         nodes: the ONNX nodes that went into it.
         details: anything else the builder says of it, as text.
+        milliseconds: how long the layer alone takes on a GPU, as the engine's own profiler says;
+            None where it was not run.
     """
 
     name: str
     kind: str
     nodes: tuple[str, ...] = ()
     details: str = ""
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -309,12 +376,15 @@ class Measurement:
         blocks: milliseconds of every run, grouped by the interleaved block it ran in. Block i of
             one measurement was run next to block i of every other of the same call, so that they
             can be paired.
+        at: the sizes of the open dimensions that it ran with, as `Point.at`; None where none is
+            open.
     """
 
     engine: str
     variant: str
     device: str
     blocks: tuple[tuple[float, ...], ...]
+    at: str | None = None
 
     @property
     def samples_ms(self) -> tuple[float, ...]:
@@ -357,6 +427,7 @@ class Drift:
         sqnr_db: signal to quantisation noise, 20 log10(||ref|| / ||y - ref||); None when exact.
         nonfinite: how many elements are NaN or infinite where the reference is finite.
         top1_agreement: share of rows with the same argmax, where an output looks like logits.
+        at: the sizes of the open dimensions, as `Point.at`; None where none is open.
     """
 
     engine: str
@@ -368,6 +439,7 @@ class Drift:
     sqnr_db: float | None
     nonfinite: int
     top1_agreement: float | None
+    at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -410,6 +482,7 @@ class LayerDrifts:
         rows: every layer that could be compared.
         suspect: the name of the first row whose error grows out of proportion, or None.
         limit: the growth from which a layer is a suspect.
+        at: the sizes of the open dimensions, as `Point.at`; None where none is open.
     """
 
     engine: str
@@ -417,6 +490,7 @@ class LayerDrifts:
     rows: tuple[LayerDrift, ...]
     suspect: str | None
     limit: float
+    at: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,21 @@ class Findings:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the programs are run on.
+
+    Attributes:
+        at: the sizes of the open dimensions, as `Point.at`; None where none is open.
+        feeds: the inputs.
+        reference: the outputs in float64, or None where there are none.
+    """
+
+    at: str | None
+    feeds: list[torch.Tensor]
+    reference: list[torch.Tensor] | None
+
+
+@dataclass(frozen=True)
 class Trial:
     """What every engine is given alike.
 
@@ -65,8 +81,8 @@ class Trial:
         programs: of each variant, for engines that consume programs. Nothing else holds them, and
             they are taken away once the last of those engines is through with them.
         onnx: the ONNX file of each variant.
-        feeds: the inputs to run on.
-        reference: the outputs in float64, or None where there are none.
+        inputs: what to run on: with open dimensions, one of each point.
+        usual: the one of these with the sizes to be fastest at.
         options: how engines build and run.
         duration_seconds: how long latency is measured in all; 0 measures none.
         seed: of the order of the runs, and of the intervals.
@@ -75,8 +91,8 @@ class Trial:
     parameter_bytes: int
     programs: dict[Variant, Program]
     onnx: dict[Variant, Artifact]
-    feeds: list[torch.Tensor]
-    reference: list[torch.Tensor] | None
+    inputs: Sequence[Inputs]
+    usual: Inputs
     options: BuildOptions
     duration_seconds: float
     seed: int
@@ -139,7 +155,19 @@ def put_through(
         _make_room(turns[number:], trial)
         _take_turn(turn, trial, _seconds_of_each(turns, trial.duration_seconds), found, notify)
     found.not_measured += _unpaired(trial, found)
+    _group_by_engine(found)
     return [[engine.name for engine in turn] for turn in turns]
+
+
+def _group_by_engine(found: Findings) -> None:
+    """Put what was found point by point in order engine by engine, each at all of its points: how
+    an engine's numbers go with the sizes is what a reader looks for."""
+    tables: list[list[Any]] = [
+        *(found.drifts, found.measurements, found.comparisons, found.noise_floors)
+    ]
+    for table in tables:
+        order = list(dict.fromkeys(row.engine for row in table))
+        table.sort(key=lambda row: order.index(row.engine))
 
 
 def _turns(engines: Sequence[Backend], trial: Trial) -> list[Sequence[Backend]]:
@@ -179,12 +207,22 @@ def _take_turn(
     found: Findings,
     notify: Notify,
 ) -> None:
-    """Open, compare, measure and close these engines."""
+    """Open, compare, measure and close these engines; with open dimensions, at point by point."""
     with ExitStack() as stack:
         with memory.freed_at_once(trial.is_large):
             sessions = _open_all(engines, trial, found, stack, notify)
-        _compare_all(sessions, trial.reference, found)
-        _measure_all(sessions, seconds, trial, found, notify)
+        if seconds <= 0:
+            _not_measured(sessions, "no time was given to it (--duration 0)", None, found)
+        for inputs in trial.inputs:
+            with memory.freed_at_once(trial.is_large):
+                bound = _bind_all(sessions, inputs, found, notify)
+            _compare_all(bound, inputs, found)
+            if bound and seconds > 0:
+                _measure_all(bound, seconds / len(trial.inputs), inputs, trial, found, notify)
+
+
+Opened = list[tuple[str, Variant, Session]]
+"""Engine, variant and session of each."""
 
 
 def _open_all(
@@ -193,13 +231,13 @@ def _open_all(
     found: Findings,
     stack: ExitStack,
     notify: Notify,
-) -> list[tuple[str, Variant, Session]]:
+) -> Opened:
     """Open the export as it comes, the same once more as a control, and ours, on every engine.
 
     With a large model the control is the first session under a second name: it shows the noise of
     the runs all the same, though not what a second copy of the weights would add to it.
     """
-    opened: list[tuple[str, Variant, Session]] = []
+    opened: Opened = []
     for backend in engines:
         try:
             programs = _runnable(backend, trial, found, notify)
@@ -218,11 +256,37 @@ def _open_all(
                 (backend.name, "optimized", ours),
             ]
         except EngineError as error:
-            found.failures.append(error)
-            found.not_measured.append(
-                schema.NotMeasured(backend.name, None, None, f"it failed: {error.cause}")
-            )
+            _failed(backend.name, error, None, found)
     return opened
+
+
+def _failed(engine: str, error: EngineError, at: str | None, found: Findings) -> None:
+    found.failures.append(error)
+    found.not_measured.append(
+        schema.NotMeasured(engine, None, None, f"it failed: {error.cause}", at)
+    )
+
+
+def _bind_all(sessions: Opened, inputs: Inputs, found: Findings, notify: Notify) -> Opened:
+    """Hand the inputs over and run once, on every engine.
+
+    Returns:
+        The sessions of the engines that can be run on them.
+    """
+    bound: Opened = []
+    for engine in dict.fromkeys(engine for engine, _, _ in sessions):
+        notify(f"Running {engine}{f' at {inputs.at}' if inputs.at else ''}", None)
+        own = [each for each in sessions if each[0] == engine]
+        try:
+            # The control may be the session of the baseline.
+            for session in {id(session): session for _, _, session in own}.values():
+                session.bind(inputs.feeds)
+                session.run()
+        except EngineError as error:
+            _failed(engine, error, inputs.at, found)
+        else:
+            bound += own
+    return bound
 
 
 def _runnable(
@@ -245,10 +309,7 @@ def _open(
     notify: Notify,
 ) -> Session:
     notify(f"Opening {backend.name}", None)
-    session = stack.enter_context(backend.open(program, trial.options))
-    session.bind(trial.feeds)
-    session.run()
-    return session
+    return stack.enter_context(backend.open(program, trial.options))
 
 
 def _build(
@@ -271,64 +332,58 @@ def _build(
     return built
 
 
-def _compare_all(
-    sessions: Sequence[tuple[str, Variant, Session]],
-    reference: Sequence[torch.Tensor] | None,
-    found: Findings,
-) -> None:
+def _compare_all(sessions: Opened, inputs: Inputs, found: Findings) -> None:
     """The drift of every engine's outputs from the captured program in float64."""
     for engine, variant, session in sessions:
-        if reference is not None and variant != "control":
-            found.drifts.append(
-                drift(
-                    session.fetch(),
-                    reference,
-                    engine=engine,
-                    variant=variant,
-                    reference_name=REFERENCE,
-                )
+        if inputs.reference is not None and variant != "control":
+            moved = drift(
+                session.fetch(),
+                inputs.reference,
+                engine=engine,
+                variant=variant,
+                reference_name=REFERENCE,
             )
+            found.drifts.append(replace(moved, at=inputs.at))
 
 
 def _measure_all(
-    sessions: Sequence[tuple[str, Variant, Session]],
+    sessions: Opened,
     seconds: float,
+    inputs: Inputs,
     trial: Trial,
     found: Findings,
     notify: Notify,
 ) -> None:
-    """Latency of everything that is open, in one interleaved run, the ratios within it, and what
+    """Latency of everything that is bound, in one interleaved run, the ratios within it, and what
     makes them doubtful."""
-    if seconds <= 0:
-        _not_measured(sessions, "no time was given to it (--duration 0)", found)
-    elif sessions:
-        before = activity()
-        try:
-            measured = measure(
-                sessions, schedule=Schedule(budget_seconds=seconds), seed=trial.seed, notify=notify
-            )
-        except EngineError as error:
-            found.failures.append(error)
-            _not_measured(sessions, f"an engine failed: {error.cause}", found)
-        else:
-            comparisons, floors = _ratios(measured, trial.seed)
-            found.measurements += measured
-            found.comparisons += comparisons
-            found.noise_floors += floors
-            found.warnings += diagnose(
-                measured,
-                before,
-                activity(),
-                threads=trial.options.threads,
-                asked_devices=dict.fromkeys(backends.ON_GPU, "gpu"),
-            )
+    before = activity()
+    try:
+        taken = measure(
+            sessions, schedule=Schedule(budget_seconds=seconds), seed=trial.seed, notify=notify
+        )
+    except EngineError as error:
+        found.failures.append(error)
+        _not_measured(sessions, f"an engine failed: {error.cause}", inputs.at, found)
+        return
+    measured = [replace(each, at=inputs.at) for each in taken]
+    comparisons, floors = _ratios(measured, trial.seed)
+    found.measurements += measured
+    found.comparisons += comparisons
+    found.noise_floors += floors
+    caveats = diagnose(
+        measured,
+        before,
+        activity(),
+        threads=trial.options.threads,
+        asked_devices=dict.fromkeys(backends.ON_GPU, "gpu"),
+    )
+    where = f" at {inputs.at}" if inputs.at else ""
+    found.warnings += [replace(caveat, about=f"{caveat.about}{where}") for caveat in caveats]
 
 
-def _not_measured(
-    sessions: Sequence[tuple[str, Variant, Session]], reason: str, found: Findings
-) -> None:
+def _not_measured(sessions: Opened, reason: str, at: str | None, found: Findings) -> None:
     for engine in dict.fromkeys(engine for engine, _, _ in sessions):
-        found.not_measured.append(schema.NotMeasured(engine, None, None, reason))
+        found.not_measured.append(schema.NotMeasured(engine, None, None, reason, at))
 
 
 def _unpaired(trial: Trial, found: Findings) -> list[schema.NotMeasured]:
@@ -354,6 +409,7 @@ def _ratios(
     Args:
         measurements: of one interleaved run; only those can be paired.
     """
+    [at] = {each.at for each in measurements}
     blocks = {(each.engine, each.variant): each.blocks for each in measurements}
     comparisons, floors = [], []
     for engine in dict.fromkeys(each.engine for each in measurements):
@@ -363,9 +419,11 @@ def _ratios(
                 ratio = stats.paired_ratio(
                     blocks[other, variant], blocks[engine, "optimized"], seed=seed
                 )
-                comparisons.append(schema.Comparison(engine, "optimized", other, variant, ratio))
+                comparisons.append(
+                    schema.Comparison(engine, "optimized", other, variant, ratio, at)
+                )
         control = stats.paired_ratio(
             blocks[engine, "baseline"], blocks[engine, "control"], seed=seed
         )
-        floors.append(schema.NoiseFloor(engine, control))
+        floors.append(schema.NoiseFloor(engine, control, at))
     return comparisons, floors

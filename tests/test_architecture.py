@@ -22,14 +22,15 @@ LEVELS = (
     ("__main__", "__init__"),
     ("cli",),
     ("pipeline", "bench", "diff"),
-    ("isolated",),
+    ("isolated", "lower"),
+    ("precision",),
     ("ablate", "roofline", "subjects", "gate", "trial", "recommend"),
     (
         *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
-        *("explain", "report", "layers", "limits"),
+        *("explain", "report", "layers", "limits", "builder_findings"),
     ),
-    ("passes", "backends", "inputs", "normalize", "cost"),
-    ("weights", "branches"),
+    ("passes", "backends", "inputs", "normalize", "cost", "constraints", "onnx_dimensions"),
+    ("weights", "branches", "dimensions"),
     (
         *("graph", "convolution", "folding", "lanes", "routing", "activations", "conv_act"),
         "float64",
@@ -45,7 +46,12 @@ BASES = {"graph", "convolution", "activations"}
 """What others on its own level may build on, without a circle."""
 
 ENGINES = {
-    "onnxruntime": {"backends/onnx_runtime.py"},
+    # What rounds to int8 is a part of ONNX Runtime.
+    "onnxruntime": {
+        "backends/onnx_runtime.py",
+        "precision/calibration.py",
+        "precision/int8.py",
+    },
     "tensorrt": {"backends/nvinfer.py", "backends/tensorrt.py"},
     "tensorrt_rtx": {"backends/nvinfer.py", "backends/tensorrt_rtx.py"},
     "openvino": {"backends/openvino.py"},
@@ -157,7 +163,11 @@ def test_nothing_imports_in_a_circle() -> None:
 
 def test_no_pass_and_no_engine_builds_on_another() -> None:
     """Except that engines for NVIDIA GPUs, and those in PyTorch, share what has its own files."""
-    names = ("nvinfer", "nvinfer_log", "nvinfer_session", "builder_log", "nvidia", "torch_program")
+    names = (
+        *("nvinfer", "nvinfer_build", "nvinfer_cache", "nvinfer_log", "nvinfer_runtime"),
+        *("nvinfer_session", "nvidia", "builder_log", "cuda_recording", "engine_file"),
+        *("inspector", "onnx_places", "profiles", "torch_gpu", "torch_program"),
+    )
     shared = {f"backends/{name}.py" for name in names}
     for folder in ("passes", "backends"):
         for path in sorted((PACKAGE / folder).glob("*.py")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from optfuse.gate import check, failures, quotient
 from optfuse.limits import Limits
 from optfuse.report.schema import Comparison, NoiseFloor, NotMeasured, dump, parse
 from optfuse.report.verdicts import Criterion, Gate
-from optfuse.stages import Caveat, Measurement, Report
+from optfuse.stages import Caveat, Dimension, InputSpec, Measurement, Report
 from optfuse.stats import Ratio, paired_ratio
-from tests.report.example import full_report
+from tests.report.example import full_arguments, full_report
 
 QUIET = Ratio(1.0, 0.996, 1.004)
 """An A/A control whose noise floor is 1.004."""
@@ -646,3 +647,111 @@ def test_its_interval_covers_the_true_quotient(beside: str) -> None:
         found = quotient(then, now)
         covered += found.low <= 1.05 <= found.high
     assert covered >= 275
+
+
+# --- Open dimensions
+
+
+def at_points(*points: str, slower_at: str = "", **drifts: float) -> Report:
+    """A run at points, with a drift of 4e-7 and a speed-up of 1.2 at each but for what is said."""
+    [one] = [each for each in full_arguments()["drifts"] if each.variant == "baseline"]
+    return report(
+        drifts=[
+            replace(one, variant=variant, at=at, relative_l2=drifts.get(at[-1:] + variant, 4e-7))
+            for at in points
+            for variant in ("baseline", "optimized")
+        ],
+        measurements=[
+            replace(_measured(20.0 if at == slower_at else 10.0), at=at) for at in points
+        ],
+        comparisons=[
+            Comparison("onnxruntime", "optimized", "onnxruntime", "baseline", FASTER, at)
+            for at in points
+        ],
+        noise_floors=[NoiseFloor("onnxruntime", QUIET, at) for at in points],
+        inputs=[InputSpec("x", ("N", 3, 224, 224))],
+        dimensions=[Dimension("N", 1, 2, 4)],
+        environment=environment(),
+        engine_reports=[],
+    )
+
+
+def _measured(median_ms: float) -> Measurement:
+    shares = [0.982 + 0.004 * (7 * i % 10) for i in range(10)]
+    blocks = tuple((median_ms * (share - 0.005), median_ms * (share + 0.005)) for share in shares)
+    return Measurement("onnxruntime", "optimized", "cpu", blocks)
+
+
+def test_a_limit_holds_at_every_point_and_says_at_which_it_does_not() -> None:
+    given = at_points("N=1", "N=2", "N=4", **{"2optimized": 3e-3})
+    gate = check(given, Limits(max_drift=1e-5, max_drift_ratio=2.0, min_speedup=1.1))
+    assert [(each.option, each.on, each.outcome) for each in gate.criteria] == [
+        (
+            option,
+            f"onnxruntime at {at}",
+            "failed" if at == "N=2" and "drift" in option else "passed",
+        )
+        for option in ("--max-drift", "--max-drift-ratio", "--min-speedup")
+        for at in ("N=1", "N=2", "N=4")
+    ]
+    first, _ = failures(gate)
+    assert str(first).startswith(
+        "The limit --max-drift on onnxruntime at N=2 does not hold. onnxruntime at N=2: the drift "
+        "from the float64 program is 3.0e-03 (relative L2); the limit is 1e-05 at most."
+    )
+
+
+def test_each_drift_ratio_is_to_the_exports_own_at_the_same_point() -> None:
+    given = at_points("N=1", "N=2", **{"2optimized": 8e-7, "2baseline": 8e-7})
+    ratios = {(row["at"], row["ratio_to_baseline"]) for row in given.document["drift"]}
+    assert ratios == {("N=1", 1.0), ("N=2", 1.0)}
+    assert check(given, Limits(max_drift_ratio=1.0)).passed
+
+
+def test_equal_points_of_two_reports_are_compared() -> None:
+    then = at_points("N=1", "N=2", "N=4")
+    slower = edited(
+        at_points("N=1", "N=2", "N=8", slower_at="N=2"),
+        # Another version, so that the latencies themselves are compared.
+        lambda document: document["environment"]["versions"].update(torch="2.14.0"),
+    )
+    gate = check(slower, Limits(max_slowdown=1.05), baseline=then)
+    assert {each.on: each.outcome for each in gate.criteria} == {
+        "onnxruntime at N=1": "passed",
+        "onnxruntime at N=2": "failed",
+        "onnxruntime at N=8": "not compared",
+        "onnxruntime at N=4": "not compared",
+    }
+    told = {each.on: each.sentence for each in gate.criteria}
+    assert told["onnxruntime at N=8"] == (
+        "onnxruntime at N=8: the baseline report has no latency of it"
+    )
+    assert told["onnxruntime at N=4"] == "onnxruntime at N=4: the report has no latency of it"
+
+
+def test_a_point_that_an_engine_failed_at_is_not_compared() -> None:
+    given = edited(
+        at_points("N=1", "N=2"),
+        lambda document: document.update(
+            not_measured=[
+                {
+                    **{"engine": "onnxruntime", "variant": None, "target": None},
+                    **{"reason": "it failed: Out of memory", "at": "N=4"},
+                }
+            ]
+        ),
+    )
+    gate = check(given, Limits(max_drift=1e-5))
+    assert [(each.on, each.outcome) for each in gate.criteria] == [
+        ("onnxruntime at N=1", "passed"),
+        ("onnxruntime at N=2", "passed"),
+        ("onnxruntime at N=4", "not compared"),
+    ]
+    assert gate.criteria[-1].sentence == (
+        "onnxruntime at N=4: the report has no drift of it, it failed: Out of memory"
+    )
+
+
+def test_an_open_size_is_not_compared_with_a_fixed_one() -> None:
+    gate = check(at_points("N=1"), Limits(max_slowdown=1.05), baseline=report())
+    assert "the inputs was 1x3x224x224 float32 and is Nx3x224x224 float32" in only(gate).sentence

@@ -364,7 +364,7 @@ def test_parse_input(text: str, expected: InputSpec) -> None:
     "text",
     [
         *("", "x", "1x", "x3", "1xx3", "1,3", "1X3", "1 x 3", "1.5x2", "+1x3", "1x3\n", "\u0661x3"),
-        *("=1x3", "a b=3", "a=b=3", "x=", "()", "Scalar"),
+        *("=1x3", "a b=3", "a=b=3", "x=", "()", "N*2x3"),
     ],
 )
 def test_unreadable_input_is_refused(text: str) -> None:

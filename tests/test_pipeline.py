@@ -110,8 +110,8 @@ def test_each_drift_is_of_its_own_variant_against_float64() -> None:
         opened("control", exact * 1.5),
         opened("optimized", exact * 1.04),
     ]
-    reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
-    trial._compare_all(sessions, reference, found)
+    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], found, silent)
+    trial._compare_all(sessions, inputs, found)
     # Every output is scaled, so the relative distance is the scale's own; 1e-12 is rounding.
     assert {each.variant: each.relative_l2 for each in found.drifts} == {
         "baseline": pytest.approx(0.01, rel=1e-12),
@@ -128,8 +128,8 @@ def test_without_float64_there_is_no_drift_and_the_run_goes_on(
     monkeypatch.setattr(pipeline, "run_float64", fails)
     x = torch.linspace(1, 2, 8)
     found = trial.Findings(Path())
-    reference = pipeline._reference(captured(Tripling(), x), [TORCH], found, silent)
-    trial._compare_all([opened("optimized", x)], reference, found)
+    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], found, silent)
+    trial._compare_all([opened("optimized", x)], inputs, found)
     assert found.drifts == []
     [failure] = found.failures
     assert failure.cause == "It does not run in float64: RuntimeError"
@@ -154,7 +154,8 @@ def test_nothing_is_run_in_float64_for_engines_that_only_build(
 ) -> None:
     monkeypatch.delattr(pipeline, "run_float64")
     program = captured(Tripling(), torch.linspace(1, 2, 8))
-    assert pipeline._reference(program, [BUILDER], trial.Findings(Path()), silent) is None
+    [inputs] = pipeline._inputs(program, [BUILDER], trial.Findings(Path()), silent)
+    assert inputs.reference is None
 
 
 def test_the_time_is_divided_among_the_turns_that_can_run() -> None:

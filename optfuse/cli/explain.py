@@ -13,6 +13,7 @@ from optfuse.cli.application import app, reporting
 from optfuse.cli.console import progress, stdout
 from optfuse.cli.options import (
     DebugOption,
+    DimOption,
     InputOption,
     NormalizeOption,
     PassesOption,
@@ -41,6 +42,7 @@ def explain(
     source: SourceArgument,
     weights: WeightsOption = None,
     inputs: InputOption = None,
+    dim: DimOption = None,
     normalize: NormalizeOption = None,
     passes: PassesOption = "all",
     by: Annotated[
@@ -68,7 +70,7 @@ def explain(
             "It chooses among convolutions",
             "Leave one of the two out",
         )
-    request_source = source_of(source, weights, inputs, seed, trust, normalize)
+    request_source = source_of(source, weights, inputs, seed, trust, normalize, dim)
     # A model may print while it is loaded or run; standard output is the answer's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=True) as notify:
         from optfuse import pipeline

@@ -13,6 +13,7 @@ from optfuse.cli.application import app, fail, reporting
 from optfuse.cli.console import progress, stdout
 from optfuse.cli.options import (
     DebugOption,
+    DimOption,
     InputOption,
     JsonOption,
     NormalizeOption,
@@ -34,6 +35,7 @@ def optimize(
     source: SourceArgument,
     weights: WeightsOption = None,
     inputs: InputOption = None,
+    dim: DimOption = None,
     normalize: NormalizeOption = None,
     passes: PassesOption = "all",
     engine: Annotated[
@@ -56,6 +58,15 @@ def optimize(
         Path | None,
         typer.Option(metavar="DIR", help="The folder for the results.", show_default="out/NAME"),
     ] = None,
+    output_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What an output is called in both ONNX files. Repeat it, once for each output in "
+            "order.",
+            show_default="as torch.onnx names it",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     duration: Annotated[
@@ -75,7 +86,7 @@ def optimize(
     trust: TrustOption = False,
 ) -> None:
     """Optimize a model, export it, build engines, and report latency and drift."""
-    request_source = source_of(source, weights, inputs, seed, trust, normalize)
+    request_source = source_of(source, weights, inputs, seed, trust, normalize, dim)
     # A model may print while it is loaded or run; standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
         from optfuse.environment import available_threads
@@ -85,6 +96,7 @@ def optimize(
             Request(
                 source=request_source,
                 output=output,
+                output_names=tuple(output_name or ()),
                 passes=passes,
                 engines=split(engine),
                 targets=split(target),

@@ -34,6 +34,15 @@ InputOption = Annotated[
         "where the source has an example_inputs().",
     ),
 ]
+DimOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="NAME=MIN:OPT:MAX",
+        help="A size that stays open, e.g. N=1:8:32 with --input Nx3x224x224: any from 1 to 32, "
+        "usually 8. N=1:32 is usually 32, N=8 is always 8. Repeat it for several.",
+    ),
+]
 NormalizeOption = Annotated[
     str | None,
     typer.Option(
@@ -76,12 +85,14 @@ def source_of(
     seed: int,
     trust: bool,
     normalize: str | None = None,
+    dims: list[str] | None = None,
 ) -> Source:
     """A model's source as the user typed it.
 
     Raises:
-        UsageError: an input or the normalisation cannot be read.
+        UsageError: an input, a dimension or the normalisation cannot be read.
     """
+    from optfuse.dimensions import parse_dimension
     from optfuse.inputs import parse_input
     from optfuse.normalize import parse_normalization
     from optfuse.stages import Source
@@ -89,10 +100,11 @@ def source_of(
     return Source(
         text=text,
         weights=weights,
-        inputs=tuple(parse_input(each) for each in inputs or ()),
+        inputs=tuple(parse_input(each, names=True) for each in inputs or ()),
         seed=seed,
         trust=trust,
         normalize=None if normalize is None else parse_normalization(normalize),
+        dimensions=tuple(parse_dimension(each) for each in dims or ()),
     )
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
-from optfuse.report.schema import header, strict
+from optfuse.report.schema import header, layers_document, strict
 from optfuse.report.table import (
     NONE,
     Column,
@@ -115,7 +115,7 @@ def _compared(each: Compared, own: Sequence[Drift] | None) -> dict[str, Any]:
         ],
         "worst_sample": each.worst,
         "outputs": each.outputs,
-        "layers": None if each.layers is None else asdict(each.layers),
+        "layers": None if each.layers is None else layers_document(each.layers),
         "no_layers": each.no_layers,
     }
 
@@ -123,7 +123,7 @@ def _compared(each: Compared, own: Sequence[Drift] | None) -> dict[str, Any]:
 def _sample(drift: Drift, own: float | None) -> dict[str, Any]:
     """A distance beside that of the program itself on the same inputs, and the ratio of the two."""
     plain = asdict(drift)
-    for key in ("engine", "variant", "reference"):
+    for key in ("engine", "variant", "reference", "at"):
         del plain[key]
     usable = own is not None and 0 < own < math.inf
     return {

@@ -195,15 +195,20 @@ def _batch(document: Document, run: Mapping[str, Any]) -> str:
 
 
 def _cards_of_engines(document: Document) -> list[Card]:
-    drift = {row["engine"]: row for row in document["drift"] if row["variant"] == "optimized"}
+    drift = {
+        rows.placed(row["engine"], row): row
+        for row in document["drift"]
+        if row["variant"] == "optimized"
+    }
     cards = []
     for row in rows.against_export(document):
-        card = _speedup_card(row["engine"], row, "against the export as it comes")
-        own = drift.pop(row["engine"], None)
+        label = rows.placed(row["engine"], row)
+        card = _speedup_card(label, row, "against the export as it comes")
+        own = drift.pop(label, None)
         cards.append(card if own is None else replace(card, second=_drift_number(own)))
-    for engine, row in drift.items():
+    for label, row in drift.items():
         number, words = _drift_number(row)
-        cards.append(Card(printable(engine), number, detail=words))
+        cards.append(Card(printable(label), number, detail=words))
     return cards
 
 

@@ -27,7 +27,7 @@ class Entry:
         number: the report's, from 1 in the order given.
         created: UTC, ISO 8601.
         commit: of the code it was made from, shortened, or empty.
-        model, inputs, engine: what ran.
+        model, inputs, engine: what ran; inputs with the sizes of open dimensions.
         device, threads, machine: where.
         against: what its ratio compares it with.
         before, after: the latency rows of both in the document, or None where not measured.
@@ -72,30 +72,35 @@ def entries(documents: Documents) -> list[Entry]:
 
 
 def _of_optimize(document: Document, about: Mapping[str, Any]) -> list[Entry]:
-    latency = {(row["engine"], row["variant"]): row for row in document["latency"]}
-    drift = {row["engine"]: row for row in document["drift"] if row["variant"] == "optimized"}
+    latency = {(row["engine"], row.get("at"), row["variant"]): row for row in document["latency"]}
+    drift = {
+        (row["engine"], row.get("at")): row
+        for row in document["drift"]
+        if row["variant"] == "optimized"
+    }
     compared = {
-        row["engine"]: row
+        (row["engine"], row.get("at")): row
         for row in document["speedups"]
         if (row["variant"], row["against"]) == ("optimized", "baseline")
         and row["engine"] == row["against_engine"]
     }
-    engines = dict.fromkeys([*(engine for engine, _ in latency), *drift])
+    places = dict.fromkeys([*((engine, at) for engine, at, _ in latency), *drift])
+    shapes = _shapes(document["program"]["inputs"])
     return [
         Entry(
             **about,
             model=document["program"]["name"],
-            inputs=_shapes(document["program"]["inputs"]),
+            inputs=shapes if at is None else f"{shapes} at {at}",
             engine=engine,
-            device=next((row["device"] for (own, _), row in latency.items() if own == engine), ""),
+            device=next((row["device"] for row in latency.values() if row["engine"] == engine), ""),
             threads=document["settings"]["threads"],
             against=EXPORT,
-            before=latency.get((engine, "baseline")),
-            after=latency.get((engine, "optimized")),
-            compared=compared.get(engine),
-            drift=drift.get(engine, {}).get("ratio_to_baseline"),
+            before=latency.get((engine, at, "baseline")),
+            after=latency.get((engine, at, "optimized")),
+            compared=compared.get((engine, at)),
+            drift=drift.get((engine, at), {}).get("ratio_to_baseline"),
         )
-        for engine in engines
+        for engine, at in places
     ]
 
 

@@ -91,9 +91,9 @@ def _of_optimize(document: Document, sketch: Sketch) -> Iterator[Illustration]:
             finding = verdicts([(_compared(row), row["verdict"]) for row in shown])
             yield sketch.draw("Speed-up", title, finding, _FLOOR, draw)
     yield from _ablation(document, sketch)
-    for engine in dict.fromkeys(row["engine"] for row in document["latency"]):
-        measured = [row for row in document["latency"] if row["engine"] == engine]
-        yield _distributions(measured, engine, sketch)
+    for label in dict.fromkeys(rows.placed(row["engine"], row) for row in document["latency"]):
+        measured = [row for row in document["latency"] if rows.placed(row["engine"], row) == label]
+        yield _distributions(measured, label, sketch)
     if document["layers"] is not None:
         yield from _of_layers(document["layers"], rows.LAYERS, sketch)
 
@@ -143,8 +143,9 @@ def _taken_away(stages: Sequence[plots.Stage]) -> str:
 
 def _as_exported(document: Document, engine: str) -> plots.Gain | None:
     """The export as it comes against itself: 1, with nothing to compare."""
+    places = {row.get("at") for row in document["ablation"]}
     for row in document["latency"]:
-        if (row["engine"], row["variant"]) == (engine, "baseline"):
+        if (row["engine"], row["variant"]) == (engine, "baseline") and row.get("at") in places:
             note = f"{significant(row['median_ms'], 4)} ms"
             return plots.Gain(1.0, None, None, note=note, hollow=True)
     return None
@@ -172,7 +173,7 @@ def _ablation(document: Document, sketch: Sketch) -> Iterator[Illustration]:
         lines += [
             plots.Row("all passes", [gain(row)])
             for row in rows.against_export(document)
-            if row["engine"] == engine and row["ratio"]
+            if row["engine"] == engine and row["ratio"] and row.get("at") == own[0].get("at")
         ]
         yield sketch.draw(
             rows.ablation_title(engine),
@@ -338,8 +339,8 @@ def _compared(row: Mapping[str, Any]) -> str:
         row["engine"] if row["variant"] == "optimized" else _variant(row["engine"], row["variant"])
     )
     if row["engine"] == row["against_engine"] and row["against"] == "baseline":
-        return ours
-    return f"{ours} vs {_variant(row['against_engine'], row['against'])}"
+        return rows.placed(ours, row)
+    return rows.placed(f"{ours} vs {_variant(row['against_engine'], row['against'])}", row)
 
 
 def _variant(engine: str, variant: str) -> str:

@@ -8,7 +8,7 @@ out of a row or reorder a line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optfuse.report.convolutions import convolutions
@@ -69,7 +69,7 @@ def page(document: Document, *, brief: bool = False) -> Page:
             speedups(document),
             *ablation(document, brief=brief),
             latency(document),
-            drift(document),
+            drift(document, brief=brief),
             *_layers(document, _WORST_LAYERS if brief else None),
             *engines(document),
             *([] if brief else [operators(document)]),
@@ -88,11 +88,11 @@ def headline(document: Document) -> list[str]:
         " operators"
     ]
     sentences += [_speedup_sentence(row, document["drift"]) for row in against_export(document)]
-    compared = {row["engine"] for row in against_export(document)}
+    compared = {(row["engine"], row.get("at")) for row in against_export(document)}
     sentences += [
-        f"{row['engine']} drift {drift_words(row)}"
+        f"{placed(row['engine'], row)} drift {drift_words(row)}"
         for row in document["drift"]
-        if row["variant"] == "optimized" and row["engine"] not in compared
+        if row["variant"] == "optimized" and (row["engine"], row.get("at")) not in compared
     ]
     sentences += not_measured(document)
     if not document["latency"] and not document["not_measured"]:
@@ -108,7 +108,8 @@ def warnings(document: Document) -> list[str]:
         if step["undone"]
     ]
     nonfinite = [
-        f"{_who(row)} gives {row['nonfinite']} values that are not finite where the reference is"
+        f"{placed(_who(row), row)} gives {row['nonfinite']} values that are not finite where the "
+        "reference is"
         for row in document["drift"]
         if row["nonfinite"]
     ]
@@ -117,15 +118,15 @@ def warnings(document: Document) -> list[str]:
 
 def not_measured(document: Document) -> list[str]:
     """One line for each latency that is missing, with the reason; the variants share a line."""
-    variants: dict[tuple[str, str, str], list[str]] = {}
+    variants: dict[tuple[str, str, str, str], list[str]] = {}
     for row in document["not_measured"]:
-        key = (row["engine"], row["target"] or "", row["reason"])
+        key = (row["engine"], row["target"] or "", row["reason"], row.get("at") or "")
         names = variants.setdefault(key, [])
         if row["variant"] is not None:
             names.append(VARIANTS[row["variant"]])
     return [
-        printable(_missing_sentence(engine, target, reason, names))
-        for (engine, target, reason), names in variants.items()
+        printable(_missing_sentence(engine, target, reason, names, at))
+        for (engine, target, reason, at), names in variants.items()
     ]
 
 
@@ -141,7 +142,14 @@ def program_lines(document: Document) -> list[str]:
         f"{label} {count(program[f'{key}_before'])} -> {count(program[f'{key}_after'])}"
         for label, key in (("parameters", "parameters"), ("FLOPs", "flops"))
     )
-    lines = [f"inputs: {inputs or 'none'}", counts]
+    dimensions = program.get("dimensions") or []
+    if dimensions:
+        counts += " at " + ", ".join(f"{each['name']}={each['usual']}" for each in dimensions)
+    ranges = [
+        f"{each['name']} from {each['least']} to {each['most']}, usually {each['usual']}"
+        for each in dimensions
+    ]
+    lines = [f"inputs: {inputs or 'none'}{_after('; ', '; '.join(ranges))}", counts]
     if normalize:
         mean, std = (", ".join(f"{n:g}" for n in normalize[key]) for key in ("mean", "std"))
         lines.insert(1, f"images are normalised in the file: mean {mean}; std {std}")
@@ -181,8 +189,10 @@ def passes(document: Document) -> Table:
 
 def speedups(document: Document) -> Table:
     """The paired ratios with their intervals, verdicts and noise floors."""
+    at, cell = _at(document["speedups"])
     columns = (
         Column("optimized, on"),
+        *at,
         Column("against"),
         Column("times as fast", number=True),
         Column("verdict", verdict=True),
@@ -191,6 +201,7 @@ def speedups(document: Document) -> Table:
     rows = [
         (
             row["engine"] if row["variant"] == "optimized" else _who(row),
+            *cell(row),
             _against(row),
             _ratio(row),
             row["verdict"],
@@ -213,8 +224,8 @@ def _what_to_try(document: Document) -> list[str]:
     if not any(step["name"] == name and step["matched"] for step in document["steps"]):
         return []
     return [
-        f"Slower on {row['engine']}: some engines pay more for the split behind combined "
-        f"convolutions than they gain. Try --passes all,-{name}."
+        f"Slower on {placed(row['engine'], row)}: some engines pay more for the split behind "
+        f"combined convolutions than they gain. Try --passes all,-{name}."
         for row in against_export(document)
         if row["verdict"] == "slower"
     ]
@@ -264,7 +275,8 @@ def _ablation(engine: str, choices: Sequence[Mapping[str, Any]], brief: bool) ->
         "Against the export as it comes, interleaved with all others. A pass earns something where "
         "it is faster alone, or where all passes but this one are less fast than all of them."
     )
-    return table(ablation_title(engine), columns, rows, notes=[note])
+    notes = [note, *(f"All of it at {at}." for at in {row.get("at") for row in choices} if at)]
+    return table(ablation_title(engine), columns, rows, notes=notes)
 
 
 def _of_choice(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -279,8 +291,10 @@ def choice(row: Mapping[str, Any]) -> str:
 
 def latency(document: Document) -> Table:
     """The statistics of every measured variant."""
+    at, cell = _at(document["latency"])
     columns = (
         Column("engine"),
+        *at,
         Column("variant"),
         Column("median ms", number=True),
         Column("p90 ms", number=True),
@@ -292,6 +306,7 @@ def latency(document: Document) -> Table:
     rows = [
         (
             row["engine"],
+            *cell(row),
             VARIANTS[row["variant"]],
             *(significant(row[statistic], 4) for statistic in statistics),
         )
@@ -300,14 +315,22 @@ def latency(document: Document) -> Table:
     return table("Latency", columns, rows, notes=_conditions(document) if rows else ())
 
 
-def drift(document: Document) -> Table:
-    """How far every variant's outputs are from the reference."""
+def drift(document: Document, *, brief: bool = False) -> Table:
+    """How far every variant's outputs are from the reference.
+
+    Args:
+        document: the report.
+        brief: where open dimensions take a column, the cosine gives way to it.
+    """
+    at, cell = _at(document["drift"])
+    cosine = not (at and brief)
     columns = (
         Column("engine"),
+        *at,
         Column("variant"),
         Column("relative L2", number=True),
         Column("max abs / max ref", number=True),
-        Column("cosine", number=True),
+        *([Column("cosine", number=True)] if cosine else []),
         Column("SQNR dB", number=True),
         Column("top-1 equal", number=True),
         Column("times as exported", number=True),
@@ -315,10 +338,11 @@ def drift(document: Document) -> Table:
     rows = [
         (
             row["engine"],
+            *cell(row),
             VARIANTS[row["variant"]],
             distance(row["relative_l2"]),
             distance(row["max_abs_over_max_ref"]),
-            NONE if row["cosine"] is None else f"{row['cosine']:.6f}",
+            *([NONE if row["cosine"] is None else f"{row['cosine']:.6f}"] if cosine else []),
             NONE if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
             NONE if row["top1_agreement"] is None else f"{100 * row['top1_agreement']:.1f}%",
             NONE if row["ratio_to_baseline"] is None else times(row["ratio_to_baseline"]),
@@ -362,8 +386,8 @@ def layers(found: Mapping[str, Any], limit: int | None = None) -> Table:
     left_out = len(found["rows"]) - len(shown)
     notes = [
         layer_finding(found),
-        f"On {found['engine']}; the reference is the {found['reference']}. A layer that adds more "
-        f"than {found['limit']:g} times the usual error is suspect.",
+        f"On {placed(found['engine'], found)}; the reference is the {found['reference']}. A layer "
+        f"that adds more than {found['limit']:g} times the usual error is suspect.",
         *([f"{left_out} layers that add less are not shown."] if left_out else []),
     ]
     return table(LAYERS, columns, rows, empty="No layer could be compared.", notes=notes)
@@ -587,13 +611,29 @@ def against_export(document: Document) -> list[Mapping[str, Any]]:
 def _speedup_sentence(row: Mapping[str, Any], drifts: Sequence[Mapping[str, Any]]) -> str:
     # "undecided against", but "faster than": the verdict itself stays whole either way.
     joint = "than" if row["verdict"] in ("faster", "slower") else "against"
-    sentence = f"{row['engine']} {_ratio(row)} {row['verdict']} {joint} the export as it comes"
+    who = placed(row["engine"], row)
+    sentence = f"{who} {_ratio(row)} {row['verdict']} {joint} the export as it comes"
     own = (
         drift
         for drift in drifts
         if (drift["engine"], drift["variant"]) == (row["engine"], "optimized")
+        and drift.get("at") == row.get("at")
     )
     return sentence + "".join(f"; drift {drift_words(drift)}" for drift in own)
+
+
+def placed(what: str, row: Mapping[str, Any]) -> str:
+    """Something, with the sizes of the open dimensions that a row is about, where there are any."""
+    return what + _after(" at ", row.get("at") or "")
+
+
+def _at(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[Column], Callable[[Mapping[str, Any]], list[str]]]:
+    """The column of the open dimensions' sizes, and a row's cell in it; neither where none is."""
+    if not any(row.get("at") for row in rows):
+        return [], lambda _row: []
+    return [Column("at")], lambda row: [row.get("at") or NONE]
 
 
 def drift_words(row: Mapping[str, Any]) -> str:
@@ -603,12 +643,13 @@ def drift_words(row: Mapping[str, Any]) -> str:
     return f"{distance(row['relative_l2'])} (the export's own is zero or unknown)"
 
 
-def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str]) -> str:
+def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str], at: str) -> str:
     subject = engine + _after(" ", target)
     # Both variants missing is the usual case and needs no list.
     if len(set(names)) == 1:
         subject += f" {names[0]}"
-    return f"{subject} not measured: {reason.removeprefix('not measured: ')}"
+    where = _after(" at ", at)
+    return f"{subject} not measured{where}: {reason.removeprefix('not measured: ')}"
 
 
 def _step_sentence(step: Mapping[str, Any]) -> str:

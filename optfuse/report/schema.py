@@ -22,6 +22,7 @@ from optfuse.errors import OptfuseError
 from optfuse.stages import (
     Artifact,
     Caveat,
+    Dimension,
     Drift,
     EngineReport,
     InputSpec,
@@ -78,6 +79,7 @@ class Comparison:
         engine, variant: what is compared.
         against_engine, against: the engine and the variant it is compared with.
         ratio: paired, above 1 where `engine`, `variant` is the faster one.
+        at: the sizes of the open dimensions, as `Point.at`; None where none is open.
     """
 
     engine: str
@@ -85,6 +87,7 @@ class Comparison:
     against_engine: str
     against: str
     ratio: stats.Ratio
+    at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,12 @@ class NoiseFloor:
     Attributes:
         engine: the backend's name.
         control: the ratio of the baseline to itself, measured like every other.
+        at: the sizes of the open dimensions, as `Point.at`; None where none is open.
     """
 
     engine: str
     control: stats.Ratio
+    at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,14 @@ class NotMeasured:
         variant: which program was not run, or None for all of them.
         target: e.g. `sm_89`, or None where the engine knows no targets.
         reason: why, as a user understands it.
+        at: the sizes of the open dimensions, as `Point.at`; None for all of them.
     """
 
     engine: str
     variant: str | None
     target: str | None
     reason: str
+    at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ def assemble(
     before: ProgramCounts,
     after: ProgramCounts,
     steps: Sequence[Step],
+    dimensions: Sequence[Dimension] = (),
     drifts: Sequence[Drift] = (),
     measurements: Sequence[Measurement] = (),
     comparisons: Sequence[Comparison] = (),
@@ -184,6 +192,7 @@ def assemble(
         inputs: the example inputs, in the program's order.
         before, after: counts of the captured and of the optimized program.
         steps: the program's trace.
+        dimensions: what the names among the sizes of the inputs stand for.
         drifts: distances to the reference, of baseline and optimized.
         measurements: raw latency samples; every statistic is derived from them here.
         comparisons: paired ratios; the verdicts are derived here.
@@ -198,26 +207,31 @@ def assemble(
         directory: artifact paths inside it are written relative to it, so that the folder can move.
         created: when, now by default.
     """
-    floors = {each.engine: stats.noise_floor(each.control) for each in noise_floors}
+    floors = {(each.engine, each.at): stats.noise_floor(each.control) for each in noise_floors}
     document = {
         **header("optimize", command, created),
-        "source": asdict(source),
+        "source": _source(source),
         "settings": settings,
         "environment": environment,
-        "program": _program(name, inputs, before, after),
+        "program": _program(name, inputs, dimensions, before, after),
         "steps": [step_document(step) for step in steps],
         "drift": [_drift(drift, drifts) for drift in drifts],
         "latency": [_latency(measurement) for measurement in measurements],
         "speedups": [_speedup(comparison, floors) for comparison in comparisons],
         "noise_floors": [
-            {"engine": each.engine, **asdict(each.control), "floor": floors[each.engine]}
+            {
+                "engine": each.engine,
+                **_where(each.at),
+                **asdict(each.control),
+                "floor": floors[each.engine, each.at],
+            }
             for each in noise_floors
         ],
         "engines": [_engine(report) for report in engine_reports],
         "artifacts": [_artifact(artifact, directory) for artifact in artifacts],
         "not_measured": _missing(not_measured, engine_reports),
         "warnings": [asdict(caveat) for caveat in warnings],
-        "layers": None if layers is None else asdict(layers),
+        "layers": None if layers is None else layers_document(layers),
         "ablation": [_ablated(each) for each in ablation],
         "convolutions": [history_document(each) for each in histories],
     }
@@ -315,12 +329,39 @@ def history_document(history: LayerHistory) -> dict[str, Any]:
     return plain
 
 
+def layers_document(layers: LayerDrifts) -> dict[str, Any]:
+    """The drift of every layer, as it stands in the document."""
+    return {**_without_at(asdict(layers)), **_where(layers.at)}
+
+
+def _source(source: Source) -> dict[str, Any]:
+    plain = asdict(source)
+    if not source.dimensions:
+        del plain["dimensions"]
+    return plain
+
+
+def _where(at: str | None) -> dict[str, str]:
+    """What a row has that belongs to one choice of sizes; nothing where no dimension is open."""
+    return {} if at is None else {"at": at}
+
+
+def _without_at(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "at"}
+
+
 def _program(
-    name: str, inputs: Sequence[InputSpec], before: ProgramCounts, after: ProgramCounts
+    name: str,
+    inputs: Sequence[InputSpec],
+    dimensions: Sequence[Dimension],
+    before: ProgramCounts,
+    after: ProgramCounts,
 ) -> dict[str, Any]:
+    opened = {"dimensions": [asdict(each) for each in dimensions]} if dimensions else {}
     return {
         "name": name,
         "inputs": [asdict(spec) for spec in inputs],
+        **opened,
         "operators_before": before.operators,
         "operators_after": after.operators,
         "flops_before": before.flops,
@@ -343,12 +384,14 @@ def _drift(drift: Drift, drifts: Sequence[Drift]) -> dict[str, Any]:
             other.relative_l2
             for other in drifts
             if other.variant == "baseline"
-            and (other.engine, other.reference) == (drift.engine, drift.reference)
+            and (other.engine, other.reference, other.at)
+            == (drift.engine, drift.reference, drift.at)
         ),
         None,
     )
     return {
-        **asdict(drift),
+        **_without_at(asdict(drift)),
+        **_where(drift.at),
         "baseline_relative_l2": baseline,
         "ratio_to_baseline": drift.relative_l2 / baseline if baseline else None,
     }
@@ -375,24 +418,28 @@ def _latency(measurement: Measurement) -> dict[str, Any]:
         "engine": measurement.engine,
         "variant": measurement.variant,
         "device": measurement.device,
+        **_where(measurement.at),
         **asdict(stats.summarise(measurement.samples_ms)),
         "blocks": [len(block) for block in measurement.blocks],
         "samples_ms": measurement.samples_ms,
     }
 
 
-def _speedup(comparison: Comparison, floors: Mapping[str, float]) -> dict[str, Any]:
+def _speedup(
+    comparison: Comparison, floors: Mapping[tuple[str, str | None], float]
+) -> dict[str, Any]:
     """A comparison with its verdict, beside the larger noise floor of the two engines.
 
     Without an A/A control of either, the interval alone decides.
     """
-    engines = (comparison.engine, comparison.against_engine)
-    floor = max((floors[engine] for engine in engines if engine in floors), default=None)
+    controls = [(each, comparison.at) for each in (comparison.engine, comparison.against_engine)]
+    floor = max((floors[control] for control in controls if control in floors), default=None)
     return {
         "engine": comparison.engine,
         "variant": comparison.variant,
         "against_engine": comparison.against_engine,
         "against": comparison.against,
+        **_where(comparison.at),
         **asdict(comparison.ratio),
         "noise_floor": floor,
         "verdict": stats.verdict(comparison.ratio, 1.0 if floor is None else floor),
@@ -441,7 +488,10 @@ def _missing(
         if report.not_measured is not None
     ]
     # The dictionary drops what is stated twice and keeps the order.
-    return [asdict(missing) for missing in dict.fromkeys((*stated, *built))]
+    return [
+        {**_without_at(asdict(missing)), **_where(missing.at)}
+        for missing in dict.fromkeys((*stated, *built))
+    ]
 
 
 def strict(value: Any) -> Any:
