@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "torch": "optfuse.backends.torch_eager:BACKEND",
-    "torch-compile": "optfuse.backends.torch_compile:BACKEND",
+    "torch-cuda": "optfuse.backends.torch_cuda:BACKEND",
+    "torch-compile": "optfuse.backends.torch_compile:CPU_BACKEND",
+    "torch-compile-cuda": "optfuse.backends.torch_compile:CUDA_BACKEND",
     "torch-cudagraph": "optfuse.backends.torch_cudagraph:BACKEND",
     "onnxruntime": "optfuse.backends.onnx_runtime:CPU_BACKEND",
     "onnxruntime-cuda": "optfuse.backends.onnx_runtime:CUDA_BACKEND",
@@ -34,12 +36,15 @@ BACKENDS = {
 only when its engine is asked for, and imports its own package only inside functions."""
 
 
-ON_GPU = ("torch-cudagraph", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+ON_GPU = (
+    *("torch-cuda", "torch-compile-cuda", "torch-cudagraph"),
+    *("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"),
+)
 """The engines whose name asks for a GPU."""
 
 
-ONLY_BY_NAME = ("torch-compile",)
-"""The engines that run only where they are asked for: this one compiles for a minute or more."""
+ONLY_BY_NAME = ("torch-compile", "torch-compile-cuda")
+"""The engines that run only where they are asked for: these compile for a minute or more."""
 
 
 class Session(Protocol):
@@ -90,6 +95,16 @@ class Backend(Protocol):
     def cannot_run(self) -> str | None:
         """None where `open` can work here, else why not, e.g. `no GPU`: an engine may build where
         it cannot run."""
+
+    def refuses(self, precision: str) -> str | None:
+        """None where it runs what is in that precision here, else the reason in one sentence.
+
+        It may compute more exactly than what it is given says, e.g. in float32 where the processor
+        has no arithmetic for fp16, and never less.
+
+        Args:
+            precision: `fp32`, `fp16`, `bf16` or `int8`.
+        """
 
     def check_target(self, target: str) -> None:
         """Called for an engine that builds, before any work is done.

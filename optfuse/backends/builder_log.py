@@ -90,11 +90,12 @@ def _layer(line: str) -> EngineLayer | None:
     described, separator, metadata = rest.rpartition("Metadata: ")
     if not separator:
         described, metadata = rest, ""
-    return EngineLayer(name, kind, _onnx_nodes(metadata), _details(described))
+    return EngineLayer(name, kind, onnx_nodes(metadata), _details(described))
 
 
-def _onnx_nodes(metadata: str) -> tuple[str, ...]:
-    """The names in `[ONNX Layer: a][ONNX Layer: b]`, each once; a name may hold brackets itself."""
+def onnx_nodes(metadata: str) -> tuple[str, ...]:
+    """The names in a layer's metadata, `[ONNX Layer: a][ONNX Layer: b]`, each once; a name may hold
+    brackets itself."""
     names = (part.strip() for part in metadata.split(_ONNX_NODE)[1:])
     return tuple(dict.fromkeys(name.removesuffix("]") for name in names))
 

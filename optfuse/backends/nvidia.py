@@ -26,3 +26,12 @@ def device_target() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+def capability(target: str) -> int:
+    """A compute capability as a number that later ones are greater than, e.g. 89 for `sm_89`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return int(target.removeprefix("sm_"))

@@ -1,34 +1,43 @@
-"""What the packages `tensorrt` and `tensorrt_rtx` share: one API, and so one backend.
-
-Neither package raises when a parse or a build fails: it hands back None or False and tells its
-logger why. So every call here that can fail reads its reason out of the log.
-"""
+"""What the packages `tensorrt` and `tensorrt_rtx` share: one API, and so one backend."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from optfuse.backends import builder_log
-from optfuse.backends.nvidia import device_target, gpu_count
+from optfuse.backends import builder_log, engine_file
+from optfuse.backends.engine_file import Built, Here
+from optfuse.backends.nvidia import capability, device_target, gpu_count
+from optfuse.backends.nvinfer_build import (
+    build_for_later_gpus,
+    checked_plan,
+    configuration,
+    inputs_of,
+    no_traceback,
+    parsed_network,
+    target_capabilities,
+)
+from optfuse.backends.nvinfer_cache import (
+    CacheFile,
+    attach_timing_cache,
+    cache_file,
+    keep_timing_cache,
+)
 from optfuse.backends.nvinfer_log import errors_of, message_logger, sentence_of
-from optfuse.backends.nvinfer_session import STATIC_SHAPES, NvinferSession
-from optfuse.errors import EngineError, OutputError, UsageError
-from optfuse.files import write_bytes
+from optfuse.backends.nvinfer_runtime import Running, compiling_context
+from optfuse.backends.nvinfer_session import NvinferSession
+from optfuse.backends.onnx_places import file_sha256
+from optfuse.backends.profiles import check_shapes
+from optfuse.errors import EngineError, OptfuseError, UsageError
 from optfuse.stages import Artifact, BuildOptions, EngineReport
 
 if TYPE_CHECKING:
     from optfuse.stages import Program
-
-_LEAVE_OUT = "Change the model at that place, or leave this engine out"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class NvinferBackend:
@@ -41,7 +50,8 @@ class NvinferBackend:
         oldest: the first version (major, minor) that will do.
         targets: compute capabilities it builds for ahead of time, without a GPU; empty where it
             builds only on the GPU that is here.
-        keeps_timing_cache: whether measurements of one build are worth keeping for the next.
+        keeps: what is worth keeping for the next time: what the builder measured, or the kernels
+            that are compiled when an engine is loaded.
     """
 
     builds = True
@@ -53,7 +63,7 @@ class NvinferBackend:
         extra: str,
         oldest: tuple[int, int],
         targets: tuple[str, ...] = (),
-        keeps_timing_cache: bool = False,
+        keeps: Literal["timing", "runtime"] = "timing",
     ) -> None:
         self.name = name
         # A protocol's attribute can be assigned to, so its type has to be the protocol's own.
@@ -62,7 +72,7 @@ class NvinferBackend:
         self.extra = extra
         self.oldest = oldest
         self.targets = targets
-        self.keeps_timing_cache = keeps_timing_cache
+        self.keeps = keeps
         # One for the whole process: TensorRT keeps using the first logger that it was given.
         self._log: Any = None
 
@@ -115,11 +125,13 @@ class NvinferBackend:
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
     ) -> list[tuple[Artifact, EngineReport]]:
-        """Build one engine a target, into `directory/<target>.<variant>.engine`.
+        """Build one engine a target, into `directory/<target>.<variant>.engine`, and beside it what
+        it is, `<target>.<variant>.engine.json`.
 
         Raises:
             EngineError: with the parser's or the builder's own reason.
-            UsageError: a target that this engine cannot be built for.
+            UsageError: a target that this engine cannot be built for, or shapes that contradict
+                each other or the network.
             OutputError: the file cannot be written.
         """
         missing = self.unavailable()
@@ -128,17 +140,23 @@ class NvinferBackend:
                 f"{self.name} cannot build an engine", missing, "Install it, or leave it out"
             )
         targets = self._targets(options)
-        return [self._build_one(artifact, target, options.cache, directory) for target in targets]
+        check_shapes(options.shapes)
+        built: list[tuple[Artifact, EngineReport]] = []
+        try:
+            for target in targets:
+                built.append(self._build_one(artifact, target, options, directory))
+        except OptfuseError:
+            for engine, _ in built:  # all of them, or none
+                engine_file.remove(engine.path)
+            raise
+        return built
 
-    def open(
-        self,
-        program: Artifact | Program,
-        options: BuildOptions,  # noqa: ARG002 - no choice of an engine is left when it is loaded
-    ) -> NvinferSession:
+    def open(self, program: Artifact | Program, options: BuildOptions) -> NvinferSession:
         """Load an engine file on the GPU that is here.
 
         Raises:
-            EngineError: there is no such GPU, or the file doesn't fit it.
+            EngineError: there is no such GPU, or the file is not what its description says, or not
+                for this GPU, version or these options. Nothing of it has reached the package then.
         """
         if not isinstance(program, Artifact) or program.kind != "engine":
             raise EngineError(
@@ -155,11 +173,22 @@ class NvinferBackend:
             )
         import torch
 
-        engine = self._deserialise(program.path)
-        name = torch.cuda.get_device_name()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with _no_traceback(f"{self.name} cannot run {program.path.name}"):
-            return NvinferSession(engine, program, self._log, torch.device("cuda"), stream, name)
+        device = torch.cuda.get_device_name()
+        here = Here(self.name, str(self.version()), str(device_target()), device)
+        content, built = engine_file.load(program.path, here, options)
+        with no_traceback(f"{self.name} cannot run {program.path.name}"):
+            engine = self._deserialise(content, program.path.name, built)
+            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            return NvinferSession(
+                self._import(),
+                engine,
+                self._running(engine, built, options.cache, device),
+                engine_file.named(program, built),
+                self._log,
+                torch.device("cuda"),
+                stream,
+                device,
+            )
 
     def _targets(self, options: BuildOptions) -> tuple[str, ...]:
         for target in options.targets if self.targets else ():
@@ -186,30 +215,22 @@ class NvinferBackend:
         return (here,)
 
     def _build_one(
-        self, artifact: Artifact, target: str, cache: Path | None, directory: Path
+        self, artifact: Artifact, target: str, options: BuildOptions, directory: Path
     ) -> tuple[Artifact, EngineReport]:
-        trt = self._import()
-        log = self._logger(trt)
-        timings = self._timing_cache_file(cache, target)
-        failed = f"{self.name} cannot build {artifact.path.name} for {target}"
-        with _no_traceback(failed):
-            builder = trt.Builder(log)
-            network = builder.create_network(network_flags(trt))
-            _parse(trt, network, log, artifact.path, failed)
-            config = self._configure(trt, builder, target)
-            if timings:
-                attach_timing_cache(config, timings)
-            log.messages.clear()
-            start = time.perf_counter()
-            plan = builder.build_serialized_network(network, config)
-            build_seconds = time.perf_counter() - start
-        if plan is None:
-            raise EngineError(failed, sentence_of(errors_of(log.messages)[-1:]), _LEAVE_OUT)
-        if timings:
-            keep_timing_cache(config, timings)
-        engine = _write_engine(plan, artifact, directory / f"{target}.{artifact.variant}.engine")
-        seen = builder_log.parse("\n".join(text for _, text in log.messages))
-        log.messages.clear()
+        plan, built, build_seconds = self._plan(artifact, target, options)
+        path = directory / f"{target}.{artifact.variant}.engine"
+        engine = Artifact(
+            path=path,
+            kind="engine",
+            sha256=engine_file.write(path, plan, built),
+            size_bytes=plan.nbytes,
+            variant=artifact.variant,
+            input_names=artifact.input_names,
+            output_names=artifact.output_names,
+            trace=artifact.trace,
+        )
+        seen = builder_log.parse("\n".join(text for _, text in self._log.messages))
+        self._log.messages.clear()
         return engine, EngineReport(
             engine=self.name,
             target=target,
@@ -219,58 +240,120 @@ class NvinferBackend:
             weight_bytes=seen.weight_bytes,
             size_bytes=engine.size_bytes,
             build_seconds=build_seconds,
-            not_measured=self._not_measured(target),
+            not_measured=self._not_measured(target, options.hardware_compatible),
         )
 
-    def _configure(self, trt: Any, builder: Any, target: str) -> Any:
-        config = builder.create_builder_config()
-        # On by default: it would round the inputs of every convolution to 10 bits of mantissa.
-        config.clear_flag(trt.BuilderFlag.TF32)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if self.targets:
-            capability = getattr(trt.ComputeCapability, target.replace("_", "").upper(), None)
-            config.num_compute_capabilities = 1
-            if capability is None or not config.set_compute_capability(capability, 0):
-                raise EngineError(
-                    f"{self.name} {self.version()} cannot build for {target}",
-                    "This version of the package doesn't know that compute capability",
-                    f"Install a newer one: pip install --upgrade 'optfuse[{self.extra}]'",
-                )
-        return config
+    def _plan(
+        self, artifact: Artifact, target: str, options: BuildOptions
+    ) -> tuple[memoryview, Built, float]:
+        """The bytes of an engine, what it is, and how many seconds its builder took; what that said
+        is in the log."""
+        trt = self._import()
+        log = self._logger(trt)
+        log.messages.clear()
+        failed = f"{self.name} cannot build {artifact.path.name} for {target}"
+        with no_traceback(failed):
+            builder = trt.Builder(log)
+            network = parsed_network(trt, builder, log, artifact.path, options.shapes, failed)
+            config = configuration(trt, builder, options, failed)
+            oldest = self._aim(trt, config, target, options, failed)
+            built = self._built(artifact, network, target, oldest, options)
+            timings = self._cache_file("timing", options.cache, built, str(built.device))
+            if timings:
+                attach_timing_cache(config, timings)
+            log.messages.clear()
+            start = time.perf_counter()
+            plan = builder.build_serialized_network(network, config)
+            seconds = time.perf_counter() - start
+        plan = checked_plan(plan, log.messages, artifact.path, failed)
+        if timings:
+            keep_timing_cache(config, timings)
+        return memoryview(plan), built, seconds
 
-    def _not_measured(self, target: str) -> str | None:
+    def _aim(self, trt: Any, config: Any, target: str, options: BuildOptions, failed: str) -> str:
+        """Tell the builder which GPUs to build for; gives the least compute capability."""
+        if not self.targets:
+            if options.hardware_compatible:
+                return build_for_later_gpus(trt, config, target, failed)
+            return target
+        later = self.targets[self.targets.index(target) + 1 :]
+        wanted = (target, *(later if options.hardware_compatible else ()))
+        if not target_capabilities(trt, config, wanted):
+            raise EngineError(
+                f"{self.name} {self.version()} cannot build for {target}",
+                "This version of the package doesn't know that compute capability",
+                f"Install a newer one: pip install --upgrade 'optfuse[{self.extra}]'",
+            )
+        return target
+
+    def _built(
+        self,
+        artifact: Artifact,
+        network: Any,
+        target: str,
+        oldest_target: str,
+        options: BuildOptions,
+    ) -> Built:
+        import torch
+
+        # What was built ahead of time runs on every GPU of that compute capability.
+        device = None if self.targets else str(torch.cuda.get_device_name())
+        return Built(
+            onnx_sha256=file_sha256(artifact.path),
+            package=self.name,
+            version=str(self.version()),
+            target=target,
+            device=device,
+            oldest_target=oldest_target,
+            shapes=options.shapes,
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
+            inputs=inputs_of(network, artifact.input_names),
+            outputs=artifact.output_names,
+        )
+
+    def _not_measured(self, target: str, on_later_gpus: bool) -> str | None:
         reason = self.cannot_run()
         here = device_target()
-        if reason is None and here != target:
-            return f"built for {target}, and the GPU here is {here}"
-        return reason
-
-    def _timing_cache_file(self, cache: Path | None, target: str) -> Path | None:
-        if cache is None or not self.keeps_timing_cache:
+        if reason or here is None or here == target:
+            return reason
+        if on_later_gpus and capability(here) > capability(target):
             return None
-        return cache / f"{self.package}-{self.version()}-{target}.timing"
+        return f"built for {target}, and the GPU here is {here}"
 
-    def _deserialise(self, path: Path) -> Any:
-        """The engine in a file.
+    def _cache_file(
+        self, kind: Literal["timing", "runtime"], folder: Path | None, built: Built, device: str
+    ) -> CacheFile | None:
+        if folder is None or self.keeps != kind:
+            return None
+        depends_on = {**asdict(built), "device": device}
+        return cache_file(folder, kind, self.name, built.version, built.target, depends_on)
+
+    def _running(self, engine: Any, built: Built, folder: Path | None, device: str) -> Running:
+        if self.keeps == "timing":
+            return Running(engine.create_execution_context(), engine.create_execution_context)
+        file = self._cache_file("runtime", folder, built, device)
+        return compiling_context(self._import(), engine, file)
+
+    def _deserialise(self, content: bytes, name: str, built: Built) -> Any:
+        """The engine in these bytes.
 
         Raises:
-            EngineError: it cannot be read, or belongs to another GPU or version.
+            EngineError: the package refuses them.
         """
         trt = self._import()
         log = self._logger(trt)
-        failed = f"{self.name} cannot load {path.name}"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise EngineError(failed, str(error), "Build the engine again") from error
         log.messages.clear()
-        with _no_traceback(failed):
-            # The bindings let the engine keep its runtime alive.
-            engine = trt.Runtime(log).deserialize_cuda_engine(content)
+        # The bindings let the engine keep its runtime alive.
+        runtime = trt.Runtime(log)
+        if built.version_compatible:
+            # Such an engine carries the code of the runtime that it was built with.
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             # The first error: the ones behind it are its consequences.
             raise EngineError(
-                failed,
+                f"{self.name} cannot load {name}",
                 sentence_of(errors_of(log.messages)[:1]),
                 "Build it again, with this version and for this GPU",
             )
@@ -291,100 +374,13 @@ class NvinferBackend:
             self._log = message_logger(trt)
         return self._log
 
-
-def network_flags(trt: Any) -> int:
-    """Precision is what the ONNX says: TensorRT 10 needs a flag for it, and 11 may lack it."""
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if strongly_typed is None else 1 << int(strongly_typed)
-
-
-def attach_timing_cache(config: Any, file: Path) -> None:
-    """Give the builder the measurements of earlier builds; a file that is damaged counts as none.
-
-    The file is the sha256 of the cache and then the cache, so that no damaged bytes reach the
-    package's own reader.
-    """
-    try:
-        stored = file.read_bytes()
-    except OSError:
-        stored = b""
-    digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        content = b""
-    # An empty cache where the package refuses the stored one, e.g. of another driver.
-    for offered in (content, b""):
-        cache = config.create_timing_cache(offered)
-        if cache is not None and config.set_timing_cache(cache, False):
-            return
-
-
-def keep_timing_cache(config: Any, file: Path) -> None:
-    """Keep the builder's measurements for the next build."""
-    cache = config.get_timing_cache()
-    if cache is None:
-        return
-    content = bytes(cache.serialize())
-    # A cache that can't be kept costs time at the next build, and never a result.
-    with contextlib.suppress(OutputError):
-        write_bytes(file, hashlib.sha256(content).digest() + content)
-
-
-def _parse(trt: Any, network: Any, log: Any, path: Path, failed: str) -> None:
-    if not path.is_file():
-        raise EngineError(failed, f"There is no file {path}", "Export the model first")
-    # It owns the weights until the engine is built: the bindings let the network keep it alive.
-    parser = trt.OnnxParser(network, log)
-    # By path: weights in a second file are found beside it.
-    if not parser.parse_from_file(str(path)):
-        raise EngineError(failed, _parser_error(parser, log), _LEAVE_OUT)
-    if network.num_outputs == 0:  # the parser's answer to a file that holds no ONNX at all
-        raise EngineError(failed, "The file holds no ONNX graph", "Export the model again")
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        if any(size < 0 for size in tensor.shape):
-            shape = "x".join("?" if size < 0 else str(size) for size in tensor.shape)
-            raise EngineError(
-                failed,
-                f"Its input '{tensor.name}', {shape}, has dimensions that are open",
-                STATIC_SHAPES,
-            )
-
-
-def _parser_error(parser: Any, log: Any) -> str:
-    if parser.num_errors == 0:
-        return sentence_of(errors_of(log.messages)[-1:])
-    error = parser.get_error(0)
-    cause = sentence_of([error.desc()])
-    if not error.node_name():
-        return cause
-    return (
-        f"Its parser stopped at the node '{error.node_name()}' ({error.node_operator()}): {cause}"
-    )
-
-
-@contextlib.contextmanager
-def _no_traceback(failed: str) -> Iterator[None]:
-    """The bindings raise where a constructor gives nothing, e.g. for want of memory."""
-    try:
-        yield
-    except (TypeError, RuntimeError, MemoryError) as error:
-        cause = sentence_of([str(error)]) if str(error) else "It ran out of memory"
-        raise EngineError(failed, cause, _LEAVE_OUT) from error
-
-
-def _write_engine(plan: Any, source: Artifact, path: Path) -> Artifact:
-    content = memoryview(plan)
-    write_bytes(path, content)
-    return Artifact(
-        path=path,
-        kind="engine",
-        sha256=hashlib.sha256(content).hexdigest(),
-        size_bytes=content.nbytes,
-        variant=source.variant,
-        input_names=source.input_names,
-        output_names=source.output_names,
-        trace=source.trace,
-    )
+    def refuses(self, precision: str) -> str | None:
+        """None but for bf16 on a GPU from before Ampere. Ahead of time it is the builder that
+        refuses a target without the instructions for it."""
+        here = device_target() if precision == "bf16" else None
+        if here is not None and capability(here) < 80:
+            return f"The GPU here is {here}, and bf16 needs sm_80 or later"
+        return None
 
 
 def _major_minor(version: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,17 @@ class OnnxRuntime:
         if reason := self.unavailable():
             return reason
         return "no GPU" if self._provider.on_gpu and gpu_count() == 0 else None
+
+    def refuses(self, precision: str) -> str | None:
+        """None but for bf16 on a CPU.
+
+        On a CPU, fp16 is computed in float32: Cast nodes are put around its operators, so that the
+        file is smaller and nothing is faster. What has a kernel for bf16 on CUDA depends on the
+        version, and `open` names what has none.
+        """
+        if precision == "bf16" and not self._provider.on_gpu:
+            return "ONNX Runtime has no convolution and no matrix product in bf16 on a CPU"
+        return None
 
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
@@ -295,8 +307,7 @@ class OnnxRuntimeSession:
 
 def _load(path: Path, provider: Provider, threads: int) -> Any:
     """An `onnxruntime.InferenceSession` whose first provider is the one asked for."""
-    import onnxruntime
-
+    onnxruntime = package()
     if not path.is_file():
         raise EngineError(
             f"The engine '{provider.engine}' cannot open '{path}'",
@@ -330,9 +341,18 @@ def _load(path: Path, provider: Provider, threads: int) -> Any:
     return session
 
 
-def _session_options(threads: int) -> Any:
+def package() -> Any:
+    """The package onnxruntime, imported without its telemetry, which would upload what is done with
+    a model and keep a number of this machine in the home directory. Who wants it sets
+    ORT_DISABLE_TELEMETRY=0."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    return onnxruntime
+
+
+def _session_options(threads: int) -> Any:
+    onnxruntime = package()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads

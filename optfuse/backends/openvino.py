@@ -1,4 +1,9 @@
-"""OpenVINO on a CPU, in float32."""
+"""OpenVINO on a CPU, in the types that the file names.
+
+What the file has in bfloat16 runs in bfloat16 where the CPU has instructions for it, and the rest
+in float32. float16 is computed in float32: asked for it, the plugin would compute everything in
+float16, or in bfloat16 where the CPU has that alone.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +69,11 @@ class OpenVino:
     def cannot_run(self) -> str | None:
         """None where it can run here, else why not."""
         return self.unavailable()
+
+    def refuses(self, precision: str) -> str | None:
+        """None: what it has no instructions for, it computes in float32."""
+        del precision
+        return None
 
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
@@ -251,7 +261,8 @@ def _settings(threads: int) -> dict[str, Any]:
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        # Its default is bfloat16 where the CPU has that.
+        # Its default is bfloat16 for everything where the CPU has that. With this, what the file
+        # has in bfloat16 is computed in it all the same, and nothing else.
         "INFERENCE_PRECISION_HINT": "f32",
         # And nothing is quantised on the way.
         "EXECUTION_MODE_HINT": "ACCURACY",

@@ -10,5 +10,5 @@ BACKEND: Backend = NvinferBackend(
     package="tensorrt",
     extra="gpu",
     oldest=(10, 8),
-    keeps_timing_cache=True,
+    keeps="timing",
 )

@@ -1,7 +1,8 @@
 """TensorRT for RTX, of the package `tensorrt-rtx`: builds ahead of time, for a GPU that isn't here.
 
-Its engines choose their kernels when they are loaded, so that a build neither needs a GPU nor times
-anything: the package says of its timing cache that it does nothing, and none is kept.
+Its engines choose and compile their kernels when they are loaded, so that a build neither needs a
+GPU nor times anything: the package says of its timing cache that it does nothing, and none is kept.
+What is kept is what was compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ BACKEND = NvinferBackend(
     extra="rtx",
     oldest=(1, 1),
     targets=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+    keeps="runtime",
 )
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optfuse.backends.torch_program import ProgramBackend, ProgramSession, first_line
+from optfuse.backends.torch_gpu import GpuProgramBackend
+from optfuse.backends.torch_program import ProgramBackend, ProgramSession, first_line, moved
 from optfuse.errors import EngineError
 from optfuse.stages import BuildOptions, Program
 
@@ -38,7 +39,7 @@ SHAPES_AT_ONCE = 256
 
 
 class TorchCompile(ProgramBackend):
-    """PyTorch's own compiler."""
+    """PyTorch's own compiler, on a CPU."""
 
     name = "torch-compile"
 
@@ -58,6 +59,21 @@ class TorchCompile(ProgramBackend):
             cause, _, command = reason.partition(": ")
             raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
         return TorchCompileSession(self.name, _in_plain_operators(program), options)
+
+
+class TorchCompileCuda(GpuProgramBackend):
+    """PyTorch's own compiler on a GPU, with CUDA graphs."""
+
+    name = "torch-compile-cuda"
+
+    def unavailable(self) -> str | None:
+        """None where a PyTorch with CUDA is installed, with a C compiler and the headers that
+        Triton's launchers need."""
+        return super().unavailable() or CPU_BACKEND.unavailable()
+
+    def _session(self, program: Program, options: BuildOptions) -> ProgramSession:
+        self.require()
+        return TorchCompileSession(self.name, moved(_in_plain_operators(program), "cuda"), options)
 
 
 class TorchCompileSession(ProgramSession):
@@ -164,8 +180,16 @@ def _in_plain_operators(program: Program) -> Program:
     import torch
 
     from optfuse.conv_act import CONV_ACT, composite
+    from optfuse.graph import export_again
 
-    exported = program.exported
+    try:
+        exported = export_again(program)
+    except Exception as error:  # it raises whatever it likes
+        raise EngineError(
+            f"'{program.name}' cannot be compiled",
+            first_line(error),
+            "Use the engine 'torch', which compiles nothing",
+        ) from error
     modules = exported.graph_module.modules()
     graphs = [each.graph for each in modules if isinstance(each, torch.fx.GraphModule)]
     if any(graph.find_nodes(op="call_function", target=CONV_ACT) for graph in graphs):
@@ -231,4 +255,5 @@ def _innermost(error: BaseException) -> str:
     return ": ".join([first_line(error), *from_compiler[:1]])
 
 
-BACKEND = TorchCompile()
+CPU_BACKEND = TorchCompile()
+CUDA_BACKEND = TorchCompileCuda()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from optfuse.backends.nvidia import gpu_count
+from optfuse.backends.torch_gpu import GpuProgramBackend
 from optfuse.backends.torch_program import (
-    ProgramBackend,
     ProgramSession,
     first_line,
     moved,
@@ -26,35 +25,13 @@ WARM_UP_RUNS = 3
 do as many."""
 
 
-class TorchCudaGraph(ProgramBackend):
+class TorchCudaGraph(GpuProgramBackend):
     """PyTorch on a GPU, without a compiler and without the cost of launching each kernel."""
 
     name = "torch-cudagraph"
 
-    def unavailable(self) -> str | None:
-        """None where a PyTorch with CUDA is installed."""
-        if (self.version() or "").endswith("+cpu"):
-            return (
-                "The package torch is installed without CUDA: pip install --force-reinstall torch"
-            )
-        return super().unavailable()
-
-    def cannot_run(self) -> str | None:
-        """None where it can run here, else why not."""
-        return self.unavailable() or ("no GPU" if gpu_count() == 0 else None)
-
     def _session(self, program: Program, options: BuildOptions) -> ProgramSession:
-        import torch
-
-        if reason := self.unavailable():
-            cause, _, command = reason.partition(": ")
-            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
-        if gpu_count() == 0 or not torch.cuda.is_available():
-            raise EngineError(
-                f"The engine '{self.name}' cannot run here",
-                "PyTorch sees no GPU",
-                "Choose from what 'optfuse engines' calls ready",
-            )
+        self.require()
         return TorchCudaGraphSession(self.name, moved(program, "cuda"), options.threads)
 
 
@@ -134,7 +111,7 @@ class TorchCudaGraphSession(ProgramSession):
             raise EngineError(
                 f"The engine '{self._engine}' failed to record the program",
                 first_line(error),
-                "Use the engine 'torch', which records nothing",
+                "Use the engine 'torch-cuda', which records nothing",
             ) from error
         self._recording, self._recorded = recording, tensors_in(results)
 

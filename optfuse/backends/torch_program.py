@@ -44,6 +44,13 @@ class ProgramBackend(ABC):
         """None where it can run here, else why not."""
         return self.unavailable()
 
+    def refuses(self, precision: str) -> str | None:
+        """None but for int8. On a CPU without instructions for fp16, PyTorch's convolutions in it
+        are over twenty times slower than in float32."""
+        if precision == "int8":
+            return "It runs captured programs, and int8 is written into ONNX files only"
+        return None
+
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
         del target

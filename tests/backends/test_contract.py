@@ -12,13 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from optfuse.backends import BACKENDS, Backend, Session, get
 from optfuse.errors import EngineError, UsageError
+from optfuse.float64 import distance, run_float64
+from optfuse.precision.floats import finished, lower
 from optfuse.stages import Artifact, BuildOptions, Program
+from tests.precision.written import onnx_of
 
 # torch.export copies a tree specification in a way that PyTorch itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -154,6 +159,85 @@ def test_an_engine_without_a_build_step_builds_nothing(
         pytest.skip(f"{backend.name} has a build step")
     assert backend.build(onnx_file, OPTIONS, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+# --- What an engine makes of a precision
+
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+ROUNDING = {"fp16": 2**-11, "bf16": 2**-8, "int8": 2**-8}
+"""By how much a number is rounded at most, relative to itself; for int8 to the largest one."""
+
+
+def in_precision(program: Program, onnx_file: Artifact, precision: str, path: Path) -> Program:
+    """The program in a precision, and its ONNX file at a path."""
+    if precision == "int8":
+        onnx.save(_with_int8_convolutions(onnx.load(onnx_file.path)), path)
+        return program
+    program = lower(program, precision)
+    onnx_of(program, path, input_names=INPUTS, output_names=OUTPUTS)
+    return finished(program)
+
+
+def _with_int8_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Each convolution with a quantisation of its data and its weight in front of it."""
+    graph = model.graph
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for place, name in enumerate(node.input[:2] if node.op_type == "Conv" else ()):
+            # Four deviations of a normal distribution fit.
+            scale = np.float32(np.abs(weights.get(name, np.float32(4))).max() / 127)
+            values = {"scale": scale, "zero": np.int8(0)}
+            for key, value in values.items():
+                graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}_{key}"))
+            by = [f"{name}_scale", f"{name}_zero"]
+            for kind, read, gives in (
+                ("QuantizeLinear", name, f"{name}_int8"),
+                ("DequantizeLinear", f"{name}_int8", f"{name}_again"),
+            ):
+                nodes.append(onnx.helper.make_node(kind, [read, *by], [gives]))
+            node.input[place] = f"{name}_again"
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_is_refused_in_one_line_or_not_at_all(backend: Backend, precision: str) -> None:
+    reason = backend.refuses(precision)
+    assert reason is None or (reason.strip() == reason != "" and "\n" not in reason)
+    assert precision != "fp32" or reason is None
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_precision_that_is_not_refused_runs_and_another_does_not(
+    runnable: Backend, program: Program, onnx_file: Artifact, tmp_path: Path, precision: str
+) -> None:
+    path = tmp_path / f"{precision}.onnx"
+    opened: Artifact | Program = in_precision(program, onnx_file, precision, path)
+    if runnable.refuses(precision) is not None:
+        if runnable.consumes == "program":
+            assert precision == "int8"  # which is no captured program
+            return
+        with pytest.raises(EngineError):
+            runnable.open(artifact_of(path), OPTIONS)
+        return
+    if runnable.consumes == "onnx":
+        opened = artifact_of(path)
+    if runnable.builds:
+        ((opened, _),) = runnable.build(artifact_of(path), OPTIONS, tmp_path)
+    with runnable.open(opened, OPTIONS) as session:
+        session.bind(feeds(1))
+        session.run()
+        outputs = session.fetch()
+    for output, exact in zip(outputs, run_float64(program.graph_module, feeds(1), {}), strict=True):
+        assert output.dtype is torch.float32
+        # Two layers round their weights, what they read and what they give, and one product
+        # between them does: eight roundings in a row.
+        assert distance([exact], [output.double()]) < 8 * ROUNDING[precision]
 
 
 # --- What a session does

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -283,3 +286,30 @@ def test_a_type_that_pytorch_lacks_is_refused_when_the_file_is_opened(tmp_path: 
     assert caught.value.next_step == (
         "Change the model so that all its inputs and outputs are tensors of numbers"
     )
+
+
+def test_nothing_is_left_in_the_home_directory(tmp_path: Path) -> None:
+    """ONNX Runtime 1.31 keeps a number of the machine there, unless told not to."""
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from optfuse import backends\n"
+        "from optfuse.export import export_baseline\n"
+        "from optfuse.stages import BuildOptions\n"
+        "from tests.harness import captured\n"
+        "program = captured(torch.nn.Linear(3, 2).eval(), torch.randn(1, 3))\n"
+        "file = export_baseline(program, Path(sys.argv[1]) / 'net.onnx')\n"
+        "with backends.get('onnxruntime').open(file, BuildOptions()) as session:\n"
+        "    session.bind(program.example_args)\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert list(home.rglob("*")) == []

@@ -1,14 +1,16 @@
 """TensorRT and TensorRT-RTX: real ahead-of-time builds, and fakes for what needs a GPU.
 
 Only `tensorrt-rtx` builds without a GPU, so the shared code is tested through it. Branches that
-belong to `tensorrt`, and sessions, run against small fakes that hold just the calls they make.
+belong to `tensorrt` run against a small fake that holds just the calls they make.
 """
 
-import ctypes
 import errno
 import hashlib
+import importlib
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,71 +19,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from optfuse.backends import nvinfer, nvinfer_session
+from optfuse.backends import engine_file, nvinfer, nvinfer_build
+from optfuse.backends.engine_file import EngineInput
 from optfuse.backends.nvinfer import NvinferBackend
-from optfuse.backends.nvinfer_session import NvinferSession
 from optfuse.backends.tensorrt import BACKEND as TENSORRT
 from optfuse.backends.tensorrt_rtx import BACKEND as RTX
 from optfuse.backends.tensorrt_rtx import check_target
+from optfuse.capture import capture
 from optfuse.errors import EngineError, OutputError, UsageError
-from optfuse.stages import Artifact, BuildOptions, Program
-
-builds_ahead = pytest.mark.skipif(RTX.unavailable() is not None, reason=str(RTX.unavailable()))
-SM_89 = BuildOptions(targets=("sm_89",))
-
-
-def onnx_artifact(
-    path: Path,
-    nodes: list[onnx.NodeProto],
-    shape: tuple[int | str, ...] = (1, 3, 8, 8),
-    weights: dict[str, np.ndarray] | None = None,
-    **save: Any,
-) -> Artifact:
-    """A file with these nodes between the input `image` and the output `score`."""
-    graph = helper.make_graph(
-        nodes,
-        "network",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("score", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets), path, **save)
-    return Artifact(path, "onnx", "a" * 64, 1, "baseline", ("image",), ("score",))
-
-
-def residual_block(path: Path, **save: Any) -> Artifact:
-    """Two convolutions, each followed by a ReLU, the second with a residual in between."""
-    random = np.random.default_rng(3)
-    weights = {
-        "w1": random.normal(size=(4, 3, 3, 3)).astype(np.float32),
-        "w2": random.normal(size=(4, 4, 3, 3)).astype(np.float32),
-    }
-    nodes = [
-        helper.make_node("Conv", ["image", "w1"], ["c1"], name="first", pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c1"], ["r1"], name="first_relu"),
-        helper.make_node("Conv", ["r1", "w2"], ["c2"], name="second", pads=[1, 1, 1, 1]),
-        helper.make_node("Add", ["c2", "r1"], ["sum"], name="residual"),
-        helper.make_node("Relu", ["sum"], ["score"], name="second_relu"),
-    ]
-    return onnx_artifact(path, nodes, weights=weights, **save)
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(nvinfer, "gpu_count", lambda: 0)
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a GPU of compute capability 9.0 were here."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(nvinfer, "gpu_count", lambda: 1)
-
+from optfuse.export import export_baseline
+from optfuse.stages import Artifact, BuildOptions, InputShapes, InputSpec, LoadedModel
+from tests.backends.nvinfer_examples import (
+    SM_89,
+    batches,
+    builds_ahead,
+    onnx_artifact,
+    open_batch,
+    residual_block,
+    shapes,
+)
 
 # Targets
 
@@ -124,7 +82,9 @@ def test_a_build_for_two_targets(tmp_path: Path) -> None:
 
     names = ["sm_89.baseline.engine", "sm_120.baseline.engine"]
     assert [engine.path.name for engine, _ in built] == names
-    assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(names)
+    beside = [f"{name}.json" for name in names]
+    files = sorted(path.name for path in (tmp_path / "engines").iterdir())
+    assert files == sorted([*names, *beside])
     for engine, report in built:
         content = engine.path.read_bytes()
         assert engine.kind == "engine"
@@ -154,7 +114,11 @@ def test_the_report_names_the_onnx_nodes_behind_each_layer(tmp_path: Path) -> No
 @builds_ahead
 def test_tf32_is_off_and_the_log_is_detailed() -> None:
     trt = RTX._import()
-    config = RTX._configure(trt, trt.Builder(RTX._logger(trt)), "sm_86")
+    builder = trt.Builder(RTX._logger(trt))
+    config = nvinfer_build.configuration(trt, builder, BuildOptions(), "failed")
+    assert RTX._aim(trt, config, "sm_86", BuildOptions(), "failed") == "sm_86"
+    # Weight streaming is left to the builder, which has it off.
+    assert not config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     assert not config.get_flag(trt.BuilderFlag.TF32)
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM86
@@ -191,6 +155,194 @@ def test_weights_in_a_second_file(tmp_path: Path) -> None:
         RTX.build(apart, SM_89, tmp_path / "apart")
 
 
+# Profiles, and engines for more than one GPU or version
+
+
+@builds_ahead
+def test_an_engine_for_open_shapes(tmp_path: Path) -> None:
+    options = replace(SM_89, shapes=batches(1, 8, 32))
+    ((engine, report),) = RTX.build(open_batch(tmp_path / "open.onnx"), options, tmp_path)
+    assert [layer.nodes for layer in report.layers if layer.nodes] == [("wide",)]
+    built = engine_file.read(engine.path)
+    assert built.shapes == options.shapes
+    assert built.onnx_sha256 == hashlib.sha256((tmp_path / "open.onnx").read_bytes()).hexdigest()
+    assert (built.package, built.version) == ("tensorrt-rtx", RTX.version())
+    assert (built.target, built.oldest_target, built.device) == ("sm_89", "sm_89", None)
+    assert built.inputs == (EngineInput("image", "float32", (-1, 3, 8, 8)),)
+    assert built.outputs == ("score",)
+    assert engine_file.usual_inputs(built) == (InputSpec("image", (8, 3, 8, 8), "float32"),)
+
+
+def test_the_profile_that_a_builder_is_given(tmp_path: Path, fake: "FakeTensorRT") -> None:
+    fake.inputs = {"image": (-1, 3, 8, 8)}
+    source = residual_block(tmp_path / "block.onnx")
+    TENSORRT.build(source, BuildOptions(shapes=batches(1, 8, 32)), tmp_path)
+    (profile,) = fake.config.profiles
+    assert profile.shapes == {"image": ((1, 3, 8, 8), (8, 3, 8, 8), (32, 3, 8, 8))}
+    fake.inputs = {"image": (1, 3, 8, 8)}
+    TENSORRT.build(source, BuildOptions(), tmp_path)
+    assert fake.config.profiles == []
+
+
+@builds_ahead
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        (
+            batches(8, 1, 32),
+            "Its smallest shape, 8x3x8x8, is not within its usual shape, 1x3x8x8.",
+        ),
+        (
+            shapes((1, 4, 8, 8), (8, 4, 8, 8), (32, 4, 8, 8)),
+            "The network takes ?x3x8x8 there, and was given 1x4x8x8.",
+        ),
+        (
+            shapes((1, 3, 8, 8), (2, 3, 8, 8), (3, 3, 8, 8), name="picture"),
+            "The network has no such input: it has image.",
+        ),
+    ],
+)
+def test_a_profile_that_cannot_be(
+    tmp_path: Path, given: tuple[InputShapes, ...], cause: str
+) -> None:
+    source = open_batch(tmp_path / "open.onnx")
+    with pytest.raises(UsageError) as refused:
+        RTX.build(source, replace(SM_89, shapes=given), tmp_path / "engines")
+    assert cause in str(refused.value)
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / "engines").exists()
+
+
+@builds_ahead
+def test_a_profile_that_the_network_cannot_run_at(tmp_path: Path) -> None:
+    # The builder warns and gives an engine, which would fail at its first run of that shape.
+    source = open_batch(tmp_path / "open.onnx", (1, 3, "H", "H"))
+    given = shapes((1, 3, 1, 1), (1, 3, 8, 8), (1, 3, 9, 9))
+    with pytest.raises(EngineError) as refused:
+        RTX.build(source, replace(SM_89, shapes=given), tmp_path / "engines")
+    assert refused.value.cause.startswith(
+        "The network cannot run at its smallest shapes, at the node 'wide' (Conv): spatial "
+        "dimension of convolution"
+    )
+    assert refused.value.next_step == "Give --dim a range that the model can run at"
+    assert not (tmp_path / "engines").exists()
+
+
+@builds_ahead
+def test_sizes_that_do_not_go_together_are_refused_by_the_builder(tmp_path: Path) -> None:
+    node = helper.make_node("Reshape", ["image", "shape"], ["score"], name="fixed_view")
+    weights = {"shape": np.array([8, 12])}
+    source = onnx_artifact(tmp_path / "view.onnx", [node], ("N", 4), weights)
+    given = shapes((2, 4), (2, 4), (3, 4))
+    with pytest.raises(EngineError) as refused:
+        RTX.build(source, replace(SM_89, shapes=given), tmp_path / "engines")
+    assert refused.value.cause == (
+        "The network cannot run at its usual shapes, at the node 'fixed_view' (Reshape): reshaping "
+        "failed for tensor: image reshape would change volume 8 to 96"
+    )
+    assert refused.value.next_step == "Give --dim a range that the model can run at"
+
+
+@builds_ahead
+def test_squeezenet_with_an_open_batch(tmp_path: Path) -> None:
+    squeezenet = importlib.import_module("models.squeezenet")
+    model = squeezenet.build().eval()
+    batch = torch.export.Dim("N", min=2, max=32)
+    example = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    loaded = LoadedModel("squeezenet", model, (example,), dynamic_shapes=({0: batch},))
+    source = export_baseline(capture(loaded), tmp_path / "squeezenet.onnx")
+    (name,) = source.input_names
+    options = replace(
+        SM_89,
+        shapes=shapes((2, 3, 224, 224), (4, 3, 224, 224), (32, 3, 224, 224), name=name),
+    )
+    ((engine, report),) = RTX.build(source, options, tmp_path)
+    # 26 convolutions, each with the ReLU behind it.
+    fused = [layer for layer in report.layers if layer.kind == "correlation"]
+    assert [len(layer.nodes) for layer in fused] == [2] * 26
+    assert engine_file.read(engine.path).shapes == options.shapes
+
+
+@builds_ahead
+def test_an_engine_for_later_gpus_too(tmp_path: Path, no_gpu: None) -> None:
+    source = residual_block(tmp_path / "block.onnx")
+    options = replace(SM_89, hardware_compatible=True)
+    ((alone, _),) = RTX.build(source, SM_89, tmp_path / "alone")
+    ((engine, report),) = RTX.build(source, options, tmp_path / "more")
+    assert engine.path.name == "sm_89.baseline.engine"
+    # It holds what sm_120 and sm_121 need, too.
+    assert engine.size_bytes > alone.size_bytes
+    built = engine_file.read(engine.path)
+    assert (built.hardware_compatible, built.oldest_target) == (True, "sm_89")
+    assert report.not_measured == "no GPU"
+
+
+@builds_ahead
+def test_which_gpus_a_build_for_later_ones_names() -> None:
+    trt = RTX._import()
+    builder = trt.Builder(RTX._logger(trt))
+    options = BuildOptions(hardware_compatible=True)
+    config = nvinfer_build.configuration(trt, builder, options, "failed")
+    RTX._aim(trt, config, "sm_89", options, "failed")
+    found = [config.get_compute_capability(index) for index in range(3)]
+    known = trt.ComputeCapability
+    assert config.num_compute_capabilities == 3
+    assert found == [known.SM89, known.SM120, known.SM121]
+
+
+@builds_ahead
+def test_rtx_has_no_runtime_for_later_versions(tmp_path: Path) -> None:
+    options = replace(SM_89, version_compatible=True)
+    with pytest.raises(EngineError) as refused:
+        RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path / "engines")
+    assert str(refused.value) == (
+        "tensorrt-rtx cannot build block.onnx for sm_89. An engine for later versions carries the "
+        "package's lean runtime (libnvinfer_lean), which is not installed. Install it, where "
+        "NVIDIA offers it, or leave version compatibility out."
+    )
+    assert not (tmp_path / "engines").exists()
+
+
+def test_tensorrt_builds_for_later_versions_and_gpus(tmp_path: Path, fake: "FakeTensorRT") -> None:
+    source = residual_block(tmp_path / "block.onnx")
+    ((plain, _),) = TENSORRT.build(source, BuildOptions(), tmp_path)
+    assert (fake.config.flags, fake.config.hardware_compatibility_level) == ([], "NONE")
+    assert engine_file.read(plain.path).device == "NVIDIA H200"
+    options = BuildOptions(version_compatible=True, hardware_compatible=True)
+    ((engine, _),) = TENSORRT.build(source, options, tmp_path)
+    assert fake.config.flags == ["VERSION_COMPATIBLE"]
+    assert fake.config.hardware_compatibility_level == "AMPERE_PLUS"
+    built = engine_file.read(engine.path)
+    assert (built.target, built.oldest_target) == ("sm_90", "sm_80")
+
+
+def test_a_gpu_older_than_hardware_compatibility(
+    tmp_path: Path, fake: "FakeTensorRT", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(EngineError, match="can be built from sm_80 on") as refused:
+        TENSORRT.build(
+            residual_block(tmp_path / "block.onnx"),
+            BuildOptions(hardware_compatible=True),
+            tmp_path / "engines",
+        )
+    assert refused.value.next_step == "Leave hardware compatibility out"
+    assert not (tmp_path / "engines").exists()
+
+
+@builds_ahead
+def test_an_engine_for_later_gpus_can_be_measured_on_one(
+    tmp_path: Path, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    options = replace(SM_89, hardware_compatible=True)
+    source = residual_block(tmp_path / "block.onnx")
+    ((_, report),) = RTX.build(source, options, tmp_path)
+    assert report.not_measured is None
+    ((_, report),) = RTX.build(source, SM_89, tmp_path)
+    assert report.not_measured == "built for sm_89, and the GPU here is sm_120"
+
+
 # Refusals
 
 
@@ -211,7 +363,7 @@ def test_open_shapes_are_refused(tmp_path: Path) -> None:
     source = onnx_artifact(tmp_path / "open.onnx", [relu], shape=("N", 3, 8, "width"))
     assert refusal(source, tmp_path).endswith(
         "Its input 'image', ?x3x8x?, has dimensions that are open. "
-        "Export it with static shapes: engines are built for fixed ones."
+        "Name it with --dim, e.g. --dim N=1:8:32 for an --input of Nx3x224x224."
     )
 
 
@@ -224,6 +376,54 @@ def test_an_unknown_operator_is_named_with_its_node(tmp_path: Path) -> None:
     assert "Its parser stopped at the node 'fused_one' (FusedConv): " in text
     assert "Plugin not found" in text
     assert text.endswith("Change the model at that place, or leave this engine out.")
+
+
+def from_module(node: onnx.NodeProto, path: str) -> onnx.NodeProto:
+    """The node with the note on its module that torch.onnx leaves."""
+    scopes = ["", *(path[:end] for end in range(len(path) + 1) if path[end : end + 1] in (".", ""))]
+    entry = node.metadata_props.add()
+    entry.key, entry.value = "pkg.torch.onnx.name_scopes", str([*scopes, "call"])
+    return node
+
+
+@builds_ahead
+def test_an_unsupported_operator_is_named_with_its_module(tmp_path: Path) -> None:
+    node = helper.make_node("Det", ["image"], ["score"], name="node_det")
+    source = onnx_artifact(tmp_path / "det.onnx", [from_module(node, "head.volume")], (2, 3, 3))
+    assert refusal(source, tmp_path).endswith(
+        "Its parser stopped at the node 'node_det' (Det) of the module 'head.volume': It does not "
+        "support that operator there. Change the model at that place, or leave this engine out."
+    )
+
+
+@builds_ahead
+def test_a_failing_build_is_told_with_node_and_module(tmp_path: Path) -> None:
+    # It parses, and the builder refuses it.
+    node = helper.make_node("TopK", ["image", "k"], ["score", "at"], name="node_topk")
+    source = onnx_artifact(
+        tmp_path / "topk.onnx",
+        [from_module(node, "head.best")],
+        (1, 10000),
+        {"k": np.array([5000])},
+    )
+    assert refusal(source, tmp_path).endswith(
+        "Its builder stopped at the node 'node_topk' (TopK) of the module 'head.best': K exceeds "
+        "the maximum value allowed (3840). "
+        "Change the model at that place, or leave this engine out."
+    )
+
+
+@builds_ahead
+def test_a_data_type_that_the_target_lacks(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["image"], ["low"], name="down", to=TensorProto.BFLOAT16),
+        helper.make_node("Relu", ["low"], ["half"], name="relu"),
+        helper.make_node("Cast", ["half"], ["score"], name="up", to=TensorProto.FLOAT),
+    ]
+    source = onnx_artifact(tmp_path / "bf16.onnx", nodes)
+    with pytest.raises(EngineError, match=r"sm75.*contains HW-specific datatypes: b16"):
+        RTX.build(source, BuildOptions(targets=("sm_75",)), tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
 
 
 @builds_ahead
@@ -271,15 +471,23 @@ def test_a_gpu_that_the_engine_does_not_support(tmp_path: Path, hopper: None) ->
 
 @builds_ahead
 def test_an_older_package_may_not_know_a_target(tmp_path: Path) -> None:
-    fake = SimpleNamespace(
-        BuilderFlag=SimpleNamespace(TF32="TF32"),
-        ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"),
-        ComputeCapability=SimpleNamespace(SM89="SM89"),
-    )
-    builder = SimpleNamespace(create_builder_config=FakeConfig)
+    fake = SimpleNamespace(ComputeCapability=SimpleNamespace(SM89="SM89"))
     with pytest.raises(EngineError, match="doesn't know that compute capability") as refused:
-        RTX._configure(fake, builder, "sm_121")
+        RTX._aim(fake, FakeConfig(), "sm_121", BuildOptions(), "failed")
     assert refused.value.next_step.endswith("pip install --upgrade 'optfuse[rtx]'")
+
+
+@builds_ahead
+def test_of_several_targets_all_are_built_or_none(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["image"], ["low"], name="down", to=TensorProto.BFLOAT16),
+        helper.make_node("Relu", ["low"], ["half"], name="relu"),
+        helper.make_node("Cast", ["half"], ["score"], name="up", to=TensorProto.FLOAT),
+    ]
+    source = onnx_artifact(tmp_path / "bf16.onnx", nodes)
+    with pytest.raises(EngineError, match=r"cannot build bf16\.onnx for sm_75"):
+        RTX.build(source, BuildOptions(targets=("sm_89", "sm_75")), tmp_path / "engines")
+    assert list((tmp_path / "engines").iterdir()) == []
 
 
 @builds_ahead
@@ -387,7 +595,17 @@ class FakeConfig:
 
     def __init__(self) -> None:
         self.cleared: list[str] = []
+        self.flags: list[str] = []
+        self.profiles: list[FakeProfile] = []
+        self.hardware_compatibility_level = "NONE"
         self.cache: FakeCache | None = None
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.append(flag)
+
+    def add_optimization_profile(self, profile: "FakeProfile") -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
 
     def clear_flag(self, flag: str) -> None:
         self.cleared.append(flag)
@@ -404,10 +622,19 @@ class FakeConfig:
         return self.cache
 
 
+class FakeProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def set_shape(self, name: str, *three: tuple[int, ...]) -> None:
+        self.shapes[name] = three
+
+
 class FakeTensorRT:
     """The calls of a build, with a plan or an error at its end."""
 
-    BuilderFlag = SimpleNamespace(TF32="TF32")
+    BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+    HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
     ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
 
@@ -418,20 +645,33 @@ class FakeTensorRT:
         self.plan = plan
         self.config = FakeConfig()
         self.flags: int | None = None
+        self.inputs = {"image": (1, 3, 8, 8)}
 
     def Builder(self, log: Any) -> SimpleNamespace:
         return SimpleNamespace(
             create_network=self.create_network,
-            create_builder_config=lambda: self.config,
+            create_builder_config=self.new_config,
+            create_optimization_profile=FakeProfile,
             build_serialized_network=lambda network, config: self.build(log),
         )
 
     def OnnxParser(self, network: Any, log: Any) -> SimpleNamespace:
         return SimpleNamespace(parse_from_file=lambda path: True)
 
+    def new_config(self) -> FakeConfig:
+        self.config = FakeConfig()
+        return self.config
+
     def create_network(self, flags: int) -> SimpleNamespace:
         self.flags = flags
-        return SimpleNamespace(num_outputs=1, num_inputs=0)
+        float32 = SimpleNamespace(name="FLOAT")
+        inputs = [
+            SimpleNamespace(name=name, shape=shape, dtype=float32)
+            for name, shape in self.inputs.items()
+        ]
+        return SimpleNamespace(
+            num_outputs=1, num_inputs=len(inputs), get_input=lambda index: inputs[index]
+        )
 
     def build(self, log: Any) -> bytes | None:
         log.log(SimpleNamespace(name="INFO"), "Total Activation Memory: 4096 bytes")
@@ -463,7 +703,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(tmp_path: Path, fake: FakeTens
         assert (report.target, report.activation_bytes) == ("sm_90", 4096)
         assert report.not_measured is None
     assert fake.flags == 1 << 1
-    assert fake.config.cleared == ["TF32", "TF32"]
+    assert fake.config.cleared == ["TF32"]
 
 
 def test_tensorrt_refuses_a_target_that_is_not_here(tmp_path: Path, fake: FakeTensorRT) -> None:
@@ -499,9 +739,9 @@ def test_a_constructor_that_gives_nothing(
 
 def test_networks_are_strongly_typed_where_that_is_a_choice() -> None:
     flags = SimpleNamespace(STRONGLY_TYPED=1)
-    assert nvinfer.network_flags(SimpleNamespace(NetworkDefinitionCreationFlag=flags)) == 2
+    assert nvinfer_build.network_flags(SimpleNamespace(NetworkDefinitionCreationFlag=flags)) == 2
     without = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace())
-    assert nvinfer.network_flags(without) == 0
+    assert nvinfer_build.network_flags(without) == 0
 
 
 def test_the_timing_cache_is_kept_between_builds(tmp_path: Path, fake: FakeTensorRT) -> None:
@@ -510,30 +750,48 @@ def test_the_timing_cache_is_kept_between_builds(tmp_path: Path, fake: FakeTenso
     for builds in 1, 2, 3:
         TENSORRT.build(source, options, tmp_path)
         (file,) = (tmp_path / "cache").iterdir()
-        assert file.name == "tensorrt-10.9.0-sm_90.timing"
+        assert re.fullmatch(r"tensorrt-10\.9\.0-sm_90-[0-9a-f]{16}\.timing", file.name)
         assert file.read_bytes()[32:] == b"measured;" * builds
+
+
+def test_another_model_gpu_version_or_option_has_its_own_timing_cache(
+    tmp_path: Path, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = residual_block(tmp_path / "block.onnx")
+    relu = [helper.make_node("Relu", ["image"], ["score"], name="relu")]
+    other = onnx_artifact(tmp_path / "relu.onnx", relu)
+    options = BuildOptions(cache=tmp_path / "cache")
+
+    def files() -> int:
+        return len(list((tmp_path / "cache").iterdir()))
+
+    TENSORRT.build(source, options, tmp_path)
+    assert files() == 1
+    TENSORRT.build(other, options, tmp_path)
+    assert files() == 2
+    TENSORRT.build(source, replace(options, hardware_compatible=True), tmp_path)
+    assert files() == 3
+    TENSORRT.build(source, replace(options, version_compatible=True), tmp_path)
+    assert files() == 4
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    TENSORRT.build(source, options, tmp_path)
+    assert files() == 5
+    monkeypatch.setattr(TENSORRT, "version", lambda: "10.10.0")
+    TENSORRT.build(source, options, tmp_path)
+    assert files() == 6
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"x" * 99])
 def test_a_damaged_timing_cache_is_built_again(
     tmp_path: Path, fake: FakeTensorRT, content: bytes
 ) -> None:
-    (tmp_path / "tensorrt-10.9.0-sm_90.timing").write_bytes(content)
-    TENSORRT.build(
-        residual_block(tmp_path / "block.onnx"), BuildOptions(cache=tmp_path), tmp_path / "engines"
-    )
-    stored = (tmp_path / "tensorrt-10.9.0-sm_90.timing").read_bytes()
-    assert stored == hashlib.sha256(b"measured;").digest() + b"measured;"
-
-
-@pytest.mark.parametrize("content", [b"other driver", b"foreign"])
-def test_a_timing_cache_that_the_package_refuses(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "cache.timing"
-    file.write_bytes(hashlib.sha256(content).digest() + content)
-    config = FakeConfig()
-    nvinfer.attach_timing_cache(config, file)
-    assert config.cache is not None
-    assert config.cache.content == b""
+    source = residual_block(tmp_path / "block.onnx")
+    options = BuildOptions(cache=tmp_path / "cache")
+    TENSORRT.build(source, options, tmp_path / "engines")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(content)
+    TENSORRT.build(source, options, tmp_path / "engines")
+    assert file.read_bytes()[32:] == b"measured;"
 
 
 def test_a_timing_cache_that_cannot_be_kept_costs_no_result(
@@ -550,241 +808,3 @@ def test_rtx_keeps_no_timing_cache(tmp_path: Path) -> None:
     options = BuildOptions(targets=("sm_89",), cache=tmp_path / "cache")
     RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path)
     assert not (tmp_path / "cache").exists()
-
-
-# Opening an engine
-
-
-def engine_artifact(path: Path, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = ()) -> Any:
-    return Artifact(path, "engine", "a" * 64, 1, "optimized", inputs, outputs)
-
-
-def test_only_engine_files_can_be_opened(tmp_path: Path) -> None:
-    program = Program("block", torch.nn.ReLU(), None, ())  # type: ignore[arg-type]
-    for wrong in residual_block(tmp_path / "block.onnx"), program:
-        with pytest.raises(EngineError) as refused:
-            RTX.open(wrong, BuildOptions())
-        assert str(refused.value) == (
-            "tensorrt-rtx cannot open this program. It runs engine files only. "
-            "Build an engine from the program's ONNX file first."
-        )
-
-
-def test_an_engine_cannot_be_opened_without_a_gpu(no_gpu: None) -> None:
-    assert RTX.cannot_run() == "no GPU"
-    with pytest.raises(EngineError) as refused:
-        RTX.open(engine_artifact(Path("sm_89.baseline.engine")), BuildOptions())
-    assert str(refused.value) == (
-        "tensorrt-rtx cannot run sm_89.baseline.engine. The reason is: no GPU. "
-        "Copy the file to a machine with the GPU that it was built for."
-    )
-
-
-def test_a_gpu_that_pytorch_cannot_use(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvinfer, "gpu_count", lambda: 2)
-    assert RTX.cannot_run() == "this PyTorch was built without CUDA"
-
-
-@builds_ahead
-def test_a_file_that_is_not_an_engine(tmp_path: Path, hopper: None) -> None:
-    path = tmp_path / "noise.engine"
-    path.write_bytes(b"this is not an engine" * 30)
-    with pytest.raises(EngineError, match=r"tensorrt-rtx cannot load noise\.engine\. .*magicTag"):
-        RTX.open(engine_artifact(path), BuildOptions())
-    with pytest.raises(EngineError, match="No such file or directory"):
-        RTX.open(engine_artifact(tmp_path / "absent.engine"), BuildOptions())
-
-
-# Sessions, with a fake engine in the CPU's memory
-
-
-class FakeEngine:
-    """Computes difference = left - right on the memory that it was given; both are 2x3."""
-
-    def __init__(self, **tensors: tuple[str, str, tuple[int, ...]]) -> None:
-        self.tensors = tensors or {
-            "right": ("INPUT", "FLOAT", (2, 3)),
-            "left": ("INPUT", "FLOAT", (2, 3)),
-            "difference": ("OUTPUT", "FLOAT", (2, 3)),
-        }
-        self.num_io_tensors = len(self.tensors)
-        self.addresses: dict[str, int] = {}
-        self.streams: list[int] = []
-        self.succeeds = True
-        self.has_room = True
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self.tensors)[index]
-
-    def get_tensor_mode(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name=self.tensors[name][0])
-
-    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name=self.tensors[name][1])
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name][2]
-
-    def get_tensor_location(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name="DEVICE")
-
-    def create_execution_context(self) -> "FakeEngine | None":
-        return self if self.has_room else None
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.streams.append(stream)
-        left, right, difference = (
-            (ctypes.c_float * 6).from_address(self.addresses[name])
-            for name in ("left", "right", "difference")
-        )
-        for index in range(6):
-            difference[index] = left[index] - right[index]
-        return self.succeeds
-
-
-class FakeStream:
-    cuda_stream = 1234
-
-    def __init__(self) -> None:
-        self.waits = 0
-        self.error: str | None = None
-
-    def synchronize(self) -> None:
-        self.waits += 1
-        if self.error:
-            raise RuntimeError(self.error)
-
-
-def session(
-    engine: FakeEngine,
-    stream: FakeStream | None = None,
-    inputs: tuple[str, ...] = ("left", "right"),
-    outputs: tuple[str, ...] = ("difference",),
-) -> NvinferSession:
-    return NvinferSession(
-        engine,
-        engine_artifact(Path("sm_90.engine"), inputs, outputs),
-        SimpleNamespace(messages=[("INFO", "loaded"), ("ERROR", "out of device memory")]),
-        torch.device("cpu"),
-        stream or FakeStream(),
-        "NVIDIA H200",
-    )
-
-
-def test_a_session_takes_and_gives_tensors_in_the_programs_order() -> None:
-    engine, stream = FakeEngine(), FakeStream()
-    left = torch.tensor([[1.5, 2.5, 4.5], [8.5, 16.5, 32.5]])
-    right = torch.tensor([[1.0, 3.0], [5.0, 7.0], [9.0, 11.0]]).T  # not contiguous
-    with session(engine, stream) as opened:
-        assert (opened.inputs, opened.outputs) == (("left", "right"), ("difference",))
-        assert opened.device == "NVIDIA H200"
-        opened.bind([left, right])
-        opened.run()
-        (first,) = opened.fetch()
-        # Both are sums of few powers of two: exact in float32.
-        assert torch.equal(first, left - right)
-        opened.bind([right.contiguous(), left])
-        opened.run()
-        (second,) = opened.fetch()
-    assert torch.equal(second, right - left)
-    assert torch.equal(first, left - right)  # its memory is its own
-    assert engine.streams == [1234, 1234]
-    assert stream.waits == 2
-
-
-def test_without_names_the_engines_own_order_holds() -> None:
-    assert session(FakeEngine(), inputs=(), outputs=()).inputs == ("right", "left")
-
-
-@pytest.mark.parametrize(
-    ("feeds", "cause"),
-    [
-        ([torch.ones(2, 3)], "It has 2 inputs and was given 1"),
-        (
-            [torch.ones(2, 3), torch.ones(1, 3)],
-            "Its input 'right' is 2x3 float32 and was given 1x3 float32",
-        ),
-        (
-            [torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3)],
-            "Its input 'left' is 2x3 float32 and was given 2x3 float64",
-        ),
-    ],
-)
-def test_feeds_that_do_not_fit(feeds: list[torch.Tensor], cause: str) -> None:
-    with pytest.raises(EngineError) as refused:
-        session(FakeEngine()).bind(feeds)
-    assert refused.value.thing == "The engine sm_90.engine cannot run"
-    assert refused.value.cause == cause
-
-
-def test_an_engine_of_another_program() -> None:
-    with pytest.raises(EngineError) as refused:
-        session(FakeEngine(), inputs=("image",))
-    assert refused.value.cause == "Its inputs are right, left, and the program's image"
-    with pytest.raises(EngineError, match="Its outputs are difference, and the program's score"):
-        session(FakeEngine(), outputs=("score",))
-
-
-def test_shapes_and_data_types_that_cannot_be_held() -> None:
-    with pytest.raises(EngineError, match="The shape of 'found' is known only when it runs"):
-        session(FakeEngine(found=("OUTPUT", "INT64", (-1, 4))), inputs=(), outputs=())
-    with pytest.raises(EngineError, match="PyTorch has no data type for its 'packed'"):
-        session(FakeEngine(packed=("OUTPUT", "FP4", (2, 4))), inputs=(), outputs=())
-
-
-def test_every_data_type_is_one_of_torchs() -> None:
-    for name in nvinfer_session.TORCH_DTYPES.values():
-        assert isinstance(getattr(torch, name), torch.dtype)
-
-
-def test_a_gpu_that_refuses() -> None:
-    engine, stream = FakeEngine(), FakeStream()
-    opened = session(engine, stream)
-    with pytest.raises(EngineError, match="No inputs were bound"):
-        opened.run()
-    opened.bind([torch.ones(2, 3), torch.full((2, 3), 0.5)])
-    stream.error = "CUDA error: an illegal memory access was encountered\nand more"
-    with pytest.raises(EngineError, match="an illegal memory access was encountered and more"):
-        opened.run()
-    engine.succeeds = False
-    with pytest.raises(EngineError, match="out of device memory"):
-        opened.run()
-    engine.has_room = False
-    with pytest.raises(EngineError, match="out of device memory"):
-        session(engine)
-
-
-# On a real GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", [TENSORRT, RTX], ids=lambda backend: backend.name)
-def test_an_engine_computes_what_onnx_says(backend: NvinferBackend, tmp_path: Path) -> None:
-    reason = backend.unavailable() or backend.cannot_run()
-    if reason:
-        pytest.skip(reason)
-    source = residual_block(tmp_path / "block.onnx")
-    try:
-        ((engine, report),) = backend.build(source, BuildOptions(cache=tmp_path), tmp_path)
-    except UsageError as refused:  # e.g. a Hopper GPU, which tensorrt-rtx doesn't support
-        pytest.skip(str(refused))
-    assert report.not_measured is None
-    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)) - 0.5
-    with backend.open(engine, BuildOptions()) as opened:
-        opened.bind([image])
-        opened.run()
-        (score,) = opened.fetch()
-        assert opened.device == torch.cuda.get_device_name()
-    weights = {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).double()
-        for tensor in onnx.load(source.path).graph.initializer
-    }
-    first = torch.conv2d(image.double(), weights["w1"], padding=1).relu()
-    expected = (torch.conv2d(first, weights["w2"], padding=1) + first).relu()
-    distance = (score.double() - expected).norm() / expected.norm()
-    # float32 sums of 27 and 36 products are good to about 1e-6; TF32 would give about 1e-3.
-    assert distance < 1e-5

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from optfuse.backends import torch_compile
-from optfuse.backends.torch_compile import BACKEND
+from optfuse.backends.torch_compile import CPU_BACKEND as BACKEND
 from optfuse.conv_act import CONV_ACT
 from optfuse.errors import EngineError
+from optfuse.graph import operators
 from optfuse.stages import BuildOptions, Program
+from tests import harness
 
 pytestmark = [
     # torch.export copies a tree specification in a way that PyTorch itself warns of.
@@ -55,7 +57,8 @@ def captured(module: nn.Module, *args: torch.Tensor, dynamic_shapes: Any = None)
         module.eval().requires_grad_(False), args, dynamic_shapes=dynamic_shapes
     )
     exported = exported.run_decompositions({})
-    return Program("example", exported.module(check_guards=False), exported, args)
+    module = exported.module(check_guards=False)
+    return Program("example", module, exported, args, dynamic_shapes=dynamic_shapes)
 
 
 def calls(module: torch.fx.GraphModule) -> int:
@@ -137,6 +140,25 @@ def test_our_own_operator_is_compiled_as_plain_operators() -> None:
     assert before == calls(program.graph_module) == 2
     # 1e-5: two float32 sums of 27 products, one after the other.
     torch.testing.assert_close(output, program.graph_module(feed).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_it_compiles_the_program_as_it_is_after_the_passes() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    before = harness.captured(harness.scramble(layers), torch.randn(1, 3, 6, 6))
+    program = harness.optimized(before, "all")
+    assert calls(program.graph_module) == 1
+    with BACKEND.open(program, OPTIONS) as session:
+        # One convolution and no batch norm: what was captured has both.
+        kinds = operators(session._graph_module)
+        assert kinds == {"convolution": 1, "relu": 1}
+        assert operators(before.graph_module)["batch_norm"] == 1
+        session.bind(before.example_args)
+        session.run()
+        (output,) = session.fetch()
+    expected = before.graph_module(*before.example_args)
+    # 1e-5: two float32 sums of 27 products, one with the batch norm folded into its weights.
+    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_weights_are_frozen_on_a_cpu_and_launches_recorded_on_a_gpu() -> None:

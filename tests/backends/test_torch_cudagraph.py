@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from optfuse.backends import torch_cudagraph
 from optfuse.backends.torch_cudagraph import BACKEND, TorchCudaGraphSession
 from optfuse.backends.torch_program import moved
 from optfuse.errors import EngineError
@@ -210,7 +209,8 @@ def test_what_cannot_be_recorded_is_one_sentence_and_cannot_be_run(
             session.bind([torch.randn(2, 5)])
         assert str(caught.value) == (
             "The engine 'torch-cudagraph' failed to record the program. CUDA error: operation not "
-            "permitted when stream is capturing. Use the engine 'torch', which records nothing."
+            "permitted when stream is capturing. Use the engine 'torch-cuda', which records "
+            "nothing."
         )
         with pytest.raises(EngineError, match="No inputs were bound"):
             session.run()
@@ -223,33 +223,6 @@ def test_a_shape_that_the_program_refuses_is_not_recorded(
         with pytest.raises(EngineError, match="to be <= 64, but got 65"):
             session.bind([torch.randn(65, 5)])
         assert recorder.made == 0
-
-
-# --- Refusals
-
-
-def test_a_pytorch_without_cuda_is_named(linear: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optfuse.backends.torch_program.package_version", lambda _: "2.13.0+cpu")
-    reason = "The package torch is installed without CUDA: pip install --force-reinstall torch"
-    assert BACKEND.unavailable() == BACKEND.cannot_run() == reason
-    with pytest.raises(EngineError) as caught:
-        BACKEND.open(linear, OPTIONS)
-    assert str(caught.value) == (
-        "The engine 'torch-cudagraph' is not here. The package torch is installed without "
-        "CUDA. Run: pip install --force-reinstall torch."
-    )
-
-
-def test_a_machine_without_a_gpu_is_refused(
-    linear: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("optfuse.backends.torch_program.package_version", lambda _: "2.13.0")
-    monkeypatch.setattr(torch_cudagraph, "gpu_count", lambda: 0)
-    assert BACKEND.unavailable() is None
-    assert BACKEND.cannot_run() == "no GPU"
-    with pytest.raises(EngineError, match="PyTorch sees no GPU") as caught:
-        BACKEND.open(linear, OPTIONS)
-    assert caught.value.next_step == "Choose from what 'optfuse engines' calls ready"
 
 
 # --- On a GPU
