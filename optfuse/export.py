@@ -30,6 +30,8 @@ OPSET = 20
 """Of our file: what the translation of `conv_act` is written in, and what torch.onnx takes by
 itself."""
 
+BFLOAT16_OPSET = 22
+
 EMBED_LIMIT_BYTES = 256 * 2**20
 """From here on parameters lie in a second file beside the ONNX file, as torch.onnx does by itself.
 Protobuf allows less than 2 GiB in one file, and holds three copies of all of it while it writes."""
@@ -88,7 +90,7 @@ def export(
         onnx_program = _to_onnx(
             exported,
             custom_translation_table=translation_table(),
-            opset_version=OPSET,
+            opset_version=_opset(program.graph_module),
             input_names=list(input_names) or None,
             output_names=list(output_names) or None,
         )
@@ -198,6 +200,12 @@ def _names_in_onnx(onnx_program: ONNXProgram, nodes: Mapping[str, fx.Node]) -> d
             # torch.onnx makes one node of a split and its picks, and numbers the results.
             found[node.name] = found[f"{node.args[0].name}_split_{node.args[1]}"] = picked
     return {**found, **{value: name for name, value in last.items()}}
+
+
+def _opset(graph_module: fx.GraphModule) -> int:
+    """The opset that has every type of the graph: a convolution in bfloat16 is in 22 at first."""
+    held = (*graph_module.parameters(), *graph_module.buffers())
+    return BFLOAT16_OPSET if any(each.dtype == torch.bfloat16 for each in held) else OPSET
 
 
 def data_file(path: Path) -> Path:

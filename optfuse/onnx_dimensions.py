@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
-from sympy.printing.str import StrPrinter  # type: ignore[import-untyped]
+from sympy.printing.str import StrPrinter
 
 from optfuse.graph import flat_inputs
 from optfuse.stages import InputSpec, Program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from optfuse import cost, memory
 from optfuse.ablate import ablate
 from optfuse.backends import Backend
+from optfuse.builder_findings import BuilderFinding, findings
 from optfuse.capture import capture
 from optfuse.environment import environment
 from optfuse.errors import (
@@ -22,15 +23,19 @@ from optfuse.errors import (
     UsageError,
 )
 from optfuse.explain import fitting, histories, norms_left, places_elsewhere
-from optfuse.export import data_file, export, export_baseline
+from optfuse.export import data_file, export_baseline
 from optfuse.files import cache_folder, sha256, staged, write_text
 from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
+from optfuse.lower import Lowered, Plan, Timing, check, lower, told, with_random_data
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
+from optfuse.precision.trials import float64_outputs, split
+from optfuse.recommend import Recommendation, recommend
 from optfuse.report import markdown, schema
+from optfuse.samples import Wanted, read_samples
 from optfuse.stages import (
     Artifact,
     BuildOptions,
@@ -47,6 +52,7 @@ from optfuse.stages import (
     silent,
 )
 from optfuse.trial import (
+    AUTO,
     REFERENCE,
     Findings,
     Inputs,
@@ -71,6 +77,10 @@ class Request:
         threads: of every engine that runs on the CPU, and of the proofs.
         duration_seconds: how long latency is measured in all; 0 measures none.
         output_names: what the outputs are called in both ONNX files; empty for torch.onnx's names.
+        plan: the precision.
+        data: inputs to calibrate on and to take drift on, in a `.npz`, `.npy` or `.safetensors`.
+        random_calibration: calibrate on random inputs where there is no data.
+        version_compatible, hardware_compatible: as `BuildOptions` has them.
         ablate: measure each pass alone, each one left out, and all up to each one.
         strict: a pass that changed the function fails the run, after it was undone.
         command: the command line that gives this run again.
@@ -84,6 +94,11 @@ class Request:
     threads: int = 1
     duration_seconds: float = 15.0
     output_names: tuple[str, ...] = ()
+    plan: Plan = field(default_factory=Plan)
+    data: Path | None = None
+    random_calibration: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
     ablate: bool = False
     strict: bool = False
     command: tuple[str, ...] = ()
@@ -107,17 +122,19 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
         OptfuseError: nothing can be reported. An engine that fails only ends its own part: it is
             in `Outcome.failures`, and the report says what was not measured and why.
     """
-    engines = choose(request.engines, request.targets)
+    check(request.plan)
+    engines, left_out = choose(request.engines, request.targets, request.plan.lowest)
     _require_something_to_ablate(request)
     machine = environment(request.threads)  # now, so that its load is not our own
     with torch_threads(request.threads):
-        return _run(request, machine, engines, notify)
+        return _run(request, machine, engines, left_out, notify)
 
 
 def _run(
     request: Request,
     machine: Mapping[str, Any],
     engines: Sequence[Backend],
+    left_out: Sequence[schema.NotMeasured],
     notify: Notify,
 ) -> Outcome:
     selected = select(request.passes)
@@ -127,53 +144,68 @@ def _run(
     with staged(output):
         pass  # the folder can be written to: said now rather than after minutes of work
     parameter_bytes = _parameter_bytes(model)
-    found = Findings(output)
+    found = Findings(output, not_measured=list(left_out))
 
     with memory.freed_at_once(is_large(parameter_bytes)):
         notify(f"Capturing {model.name} with torch.export", None)
         captured = capture(model)
         faster = optimize(captured, selected, seed=request.source.seed, notify=notify)
-        inputs = _inputs(captured, engines, found, notify)
-        if not is_large(parameter_bytes):  # it takes five runs in step
+        plan = _with_data(request, captured)
+        inputs = _inputs(captured, engines, plan, found, notify)
+        # It takes five runs in step, and has no figure for what a precision costs.
+        if not is_large(parameter_bytes) and plan.precision == "fp32":
             found.layers = _layers(captured, faster, request.source.seed, notify)
         notify("Exporting ONNX as it comes", None)
         baseline = export_baseline(
             captured, output / "baseline.onnx", output_names=request.output_names
         )
-        notify("Exporting optimized ONNX", None)
-        optimized = export(
-            faster,
-            output / "model.onnx",
-            input_names=baseline.input_names,
-            output_names=baseline.output_names,
-        )
-
-    found.artifacts += [baseline, optimized, *_weights(baseline, optimized)]
-    described = _describe(selected, captured, faster)
-    undone = _changed_functions(request, faster)
-    trial = Trial(
-        parameter_bytes,
-        programs={"baseline": captured, "optimized": faster},
-        onnx={"baseline": baseline, "optimized": optimized},
-        inputs=inputs,
-        usual=next(each for each in inputs if each.at == _usual(captured)),
-        options=BuildOptions(
+        options = BuildOptions(
             targets=request.targets,
             threads=request.threads,
             cache=cache_folder(),
             shapes=_profile(baseline, inputs, _usual(captured)),
-        ),
+            version_compatible=request.version_compatible,
+            hardware_compatible=request.hardware_compatible,
+        )
+        lowered = lower(
+            faster,
+            plan,
+            output / "model.onnx",
+            captured=captured,
+            engines=[engine.name for engine in engines],
+            input_names=baseline.input_names,
+            output_names=baseline.output_names,
+            timing=_timing(engines, options, request.source.seed),
+            threads=request.threads,
+            notify=notify,
+        )
+
+    written = [baseline, lowered.artifact, *lowered.others.values()]
+    found.artifacts += [*written, *_weights(*written)]
+    found.warnings += [] if lowered.caveat is None else [lowered.caveat]
+    described = _describe(selected, captured, faster)
+    undone = _changed_functions(request, faster)
+    trial = Trial(
+        parameter_bytes,
+        programs={"baseline": captured, "optimized": lowered.program or faster},
+        onnx={"baseline": baseline, "optimized": lowered.artifact},
+        inputs=inputs,
+        usual=next(each for each in inputs if each.at == _usual(captured)),
+        options=options,
         duration_seconds=request.duration_seconds,
         seed=request.source.seed,
+        others={engine.name: lowered.file_for(engine.name) for engine in engines},
+        io=plan.io_dtype,
     )
     # The trial alone holds the programs now, and lets go of them in time. (A pass still holds
     # nodes of the last graph that it went through.)
     del model, captured, faster, selected
+    lowered = replace(lowered, program=None)
     interleaved = put_through(engines, trial, found, notify)
     if request.ablate:
         _ablate(engines, trial, request, found, notify)
 
-    report = _report(request, machine, interleaved, described, optimized, found)
+    report = _report(request, machine, interleaved, described, lowered, found)
     write_text(output / "report.json", schema.dump(report))
     write_text(output / "report.md", markdown.render(report))
     return Outcome(report, (*undone, *found.failures))
@@ -241,6 +273,7 @@ class _Described:
     name: str
     inputs: list[InputSpec]
     dimensions: tuple[Dimension, ...]
+    usual: str | None
     before: schema.ProgramCounts
     after: schema.ProgramCounts
     histories: tuple[LayerHistory, ...]
@@ -257,19 +290,59 @@ def _weights(*exported: Artifact) -> list[Artifact]:
     return found
 
 
+def _with_data(request: Request, captured: Program) -> Plan:
+    """The plan, with the inputs that the user gave or asked to be drawn.
+
+    Raises:
+        LoadError: the file cannot be read.
+        UsageError: its arrays do not fit the model's inputs.
+    """
+    plan = request.plan
+    if request.data is not None:
+        graph_module, point = captured.graph_module, _at_usual(captured)
+        leaves = flat_inputs(graph_module, point.example_args, point.example_kwargs)
+        wanted = [
+            Wanted(str(node.target), str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
+            for node, leaf in zip(placeholders(graph_module.graph), leaves, strict=True)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        calibrating, judging = split(read_samples(request.data, wanted))
+        return replace(plan, calibration=calibrating, judging=judging)
+    if request.random_calibration and plan.lowest == "int8":
+        return with_random_data(plan, _at_usual(captured), request.source.seed)
+    return plan
+
+
+def _timing(engines: Sequence[Backend], options: BuildOptions, seed: int) -> Timing | None:
+    """Where the candidates of a mixture are timed: on the first engine that runs here and has no
+    build step."""
+    for engine in engines:
+        if engine.cannot_run() is None and not engine.builds:
+            return Timing(engine.name, options, seed)
+    return None
+
+
 def _inputs(
-    captured: Program, engines: Sequence[Backend], found: Findings, notify: Notify
+    captured: Program, engines: Sequence[Backend], plan: Plan, found: Findings, notify: Notify
 ) -> list[Inputs]:
     """What every engine is run on, with the captured program's outputs in float64; None where
-    nothing is compared with them, or where it does not run in float64."""
+    nothing is compared with them, or where it does not run in float64.
+
+    With data of the user's own, drift is taken on that, at the usual sizes.
+    """
     inputs = []
     for at, args, kwargs in _points(captured):
         feeds = _tensors(flat_inputs(captured.graph_module, args, kwargs))
+        samples = plan.judging if at == _usual(captured) and not plan.drawn else ()
         reference = None
         if can_run(engines):
             notify(f"Running the float64 reference{f' at {at}' if at else ''}", None)
             try:
-                reference = _tensors(run_float64(captured.graph_module, args, kwargs))
+                reference = (
+                    float64_outputs(_at_usual(captured), samples)
+                    if samples
+                    else _tensors(run_float64(captured.graph_module, args, kwargs))
+                )
             except Exception as error:
                 found.failures.append(
                     ModelError(
@@ -280,7 +353,7 @@ def _inputs(
                         "float32",
                     )
                 )
-        inputs.append(Inputs(at, feeds, reference))
+        inputs.append(Inputs(at, list(samples[0]) if samples else feeds, reference, samples))
     return inputs
 
 
@@ -293,6 +366,14 @@ def _points(program: Program) -> list[tuple[str | None, tuple[Any, ...], Mapping
 
 def _usual(program: Program) -> str | None:
     return None if program.sizes is None else program.sizes.usual.at
+
+
+def _at_usual(program: Program) -> Program:
+    """The program with the examples that it is to be fastest at."""
+    if program.sizes is None:
+        return program
+    point = program.sizes.usual
+    return replace(program, example_args=point.args, example_kwargs=point.kwargs)
 
 
 def _profile(
@@ -326,6 +407,12 @@ def _layers(captured: Program, faster: Program, seed: int, notify: Notify) -> La
 def _require_something_to_ablate(request: Request) -> None:
     if not request.ablate:
         return
+    if request.plan.precision != "fp32":
+        raise UsageError(
+            "What each pass earned cannot be measured",
+            f"--ablate measures passes in float32, and --precision is {request.plan.precision}",
+            "Leave one of them out",
+        )
     if request.duration_seconds <= 0 or not select(request.passes):
         raise UsageError(
             "What each pass earned cannot be measured",
@@ -378,9 +465,10 @@ def _report(
     machine: Mapping[str, Any],
     interleaved: Sequence[Sequence[str]],
     described: _Described,
-    optimized: Artifact,
+    lowered: Lowered,
     found: Findings,
 ) -> Report:
+    plan = lowered.plan
     return schema.assemble(
         name=described.name,
         source=request.source,
@@ -394,12 +482,16 @@ def _report(
             "seed": request.source.seed,
             "threads": request.threads,
             "duration_seconds": request.duration_seconds,
+            "precision": plan.precision,
+            "io_precision": plan.io,
+            "max_drift": plan.max_drift,
+            "data": None if request.data is None else str(request.data),
         },
         inputs=described.inputs,
         dimensions=described.dimensions,
         before=described.before,
         after=described.after,
-        steps=optimized.trace,
+        steps=lowered.artifact.trace,
         drifts=found.drifts,
         measurements=found.measurements,
         comparisons=found.comparisons,
@@ -411,8 +503,50 @@ def _report(
         layers=found.layers,
         ablation=found.ablation,
         histories=described.histories,
+        precision=told(lowered),
+        recommendation=_recommended(request, interleaved, described, found),
+        builder_findings=_builder_findings(lowered, found),
         directory=found.output,
     )
+
+
+def _recommended(
+    request: Request,
+    interleaved: Sequence[Sequence[str]],
+    described: _Described,
+    found: Findings,
+) -> Recommendation | None:
+    """With --engine auto, what to deploy; with open dimensions, at the usual sizes."""
+    if AUTO not in request.engines:
+        return None
+    return recommend(
+        [each for each in found.measurements if each.at == described.usual],
+        [each for each in found.drifts if each.at == described.usual],
+        interleaved,
+        seed=request.source.seed,
+    )
+
+
+def _builder_findings(
+    lowered: Lowered, found: Findings
+) -> dict[tuple[str, str], tuple[BuilderFinding, ...]]:
+    """What each builder does by itself of what the passes did. A lower precision makes layers of
+    its own, so that engines in it are not compared."""
+    if lowered.plan.precision != "fp32":
+        return {}
+    reports = {(each.engine, each.target, each.variant): each for each in found.engine_reports}
+    baseline = next(each.path for each in found.artifacts if each.variant == "baseline")
+    return {
+        (engine, target): findings(
+            report,
+            reports[engine, target, "optimized"],
+            lowered.artifact.trace,
+            baseline,
+            lowered.artifact.path,
+        )
+        for (engine, target, variant), report in reports.items()
+        if variant == "baseline" and (engine, target, "optimized") in reports
+    }
 
 
 def _changed_functions(request: Request, faster: Program) -> list[OptfuseError]:
@@ -436,6 +570,7 @@ def _describe(selected: Sequence[Pass], captured: Program, faster: Program) -> _
         name=captured.name,
         inputs=_described_inputs(captured),
         dimensions=captured.sizes.dimensions if captured.sizes else (),
+        usual=_usual(captured),
         before=_counts(captured),
         after=_counts(faster),
         histories=histories(captured, faster),
@@ -447,14 +582,10 @@ def _parameter_bytes(model: LoadedModel) -> int:
 
 
 def _counts(program: Program) -> schema.ProgramCounts:
-    usual = program
-    if program.sizes is not None:
-        point = program.sizes.usual
-        usual = replace(program, example_args=point.args, example_kwargs=point.kwargs)
     return schema.ProgramCounts(
         operators_by_type=operators(program.graph_module),
         parameters=cost.parameters(program),
-        flops=cost.flops(usual),
+        flops=cost.flops(_at_usual(program)),
     )
 
 

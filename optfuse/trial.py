@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optfuse import backends, memory, stats
-from optfuse.backends import Backend, Session
+from optfuse.backends import Backend, Session, TellsLayers
 from optfuse.compare import drift
 from optfuse.diagnose import diagnose
 from optfuse.environment import activity
@@ -23,6 +23,7 @@ from optfuse.stages import (
     BuildOptions,
     Caveat,
     Drift,
+    EngineLayer,
     EngineReport,
     LayerDrifts,
     Measurement,
@@ -63,13 +64,15 @@ class Inputs:
 
     Attributes:
         at: the sizes of the open dimensions, as `Point.at`; None where none is open.
-        feeds: the inputs.
-        reference: the outputs in float64, or None where there are none.
+        feeds: the inputs, what latency is taken on.
+        reference: the outputs in float64 of every sample, or None where there are none.
+        samples: the inputs that drift is taken on, if these are not the feeds.
     """
 
     at: str | None
     feeds: list[torch.Tensor]
     reference: list[torch.Tensor] | None
+    samples: Sequence[Sequence[torch.Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Trial:
         programs: of each variant, for engines that consume programs. Nothing else holds them, and
             they are taken away once the last of those engines is through with them.
         onnx: the ONNX file of each variant.
+        others: engines -> their own file of ours, where they are given another one.
+        io: the type of ours' inputs that are float32 in the model.
         inputs: what to run on: with open dimensions, one of each point.
         usual: the one of these with the sizes to be fastest at.
         options: how engines build and run.
@@ -96,11 +101,23 @@ class Trial:
     options: BuildOptions
     duration_seconds: float
     seed: int
+    others: Mapping[str, Artifact] = field(default_factory=dict)
+    io: torch.dtype = torch.float32
 
     @property
     def is_large(self) -> bool:
         """Whether it is too large to be open several times over."""
         return is_large(self.parameter_bytes)
+
+    def files(self, engine: str) -> dict[Variant, Artifact]:
+        """The ONNX file of each variant that an engine is given."""
+        return {**self.onnx, "optimized": self.others.get(engine, self.onnx["optimized"])}
+
+    def typed(self, feeds: Sequence[torch.Tensor], variant: Variant) -> list[torch.Tensor]:
+        """The inputs in the types that a variant takes."""
+        if variant != "optimized":
+            return list(feeds)
+        return [each.to(self.io) if each.dtype == torch.float32 else each for each in feeds]
 
 
 def is_large(parameter_bytes: int) -> bool:
@@ -108,19 +125,34 @@ def is_large(parameter_bytes: int) -> bool:
     return parameter_bytes >= LARGE_BYTES
 
 
-def choose(names: Sequence[str], targets: Sequence[str]) -> list[Backend]:
+AUTO = "auto"
+"""Instead of an engine's name: all that work here, and which of them to take."""
+
+
+def choose(
+    names: Sequence[str], targets: Sequence[str], precision: str = "fp32"
+) -> tuple[list[Backend], list[schema.NotMeasured]]:
     """The engines of a run, checked before any work is done.
 
     Args:
-        names: of engines; empty for all that work here.
+        names: of engines; empty for all that work here and don't take minutes to compile, `auto`
+            for these as well.
         targets: compute capabilities to build for.
+        precision: the lowest that they are given.
+
+    Returns:
+        The engines, and those that work here but not in this precision.
 
     Raises:
-        EngineError: one that was asked for by name is missing.
+        EngineError: one that was asked for by name is missing, or has not that precision.
         UsageError: there is no engine, or no target, of a name.
     """
-    chosen = []
-    every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
+    chosen: list[Backend] = []
+    left_out: list[schema.NotMeasured] = []
+    if AUTO in names:
+        every, names = list(backends.BACKENDS), ()
+    else:
+        every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
     for name in names or every:
         backend = backends.get(name)
         missing = backend.unavailable()
@@ -129,7 +161,18 @@ def choose(names: Sequence[str], targets: Sequence[str]) -> list[Backend]:
         if missing is None:
             for target in targets if backend.builds else ():
                 backend.check_target(target)
-            chosen.append(backend)
+            refused = backend.refuses(precision)
+            if refused is None:
+                chosen.append(backend)
+            elif names:
+                raise EngineError(
+                    f"The engine '{name}' cannot run the model in {precision}",
+                    refused,
+                    "Choose another --precision, or leave this engine out",
+                )
+            else:
+                reason = refused[0].lower() + refused[1:] if refused[:3] == "It " else refused
+                left_out.append(schema.NotMeasured(name, "optimized", None, reason))
         elif names:
             raise EngineError(
                 f"The engine '{name}' cannot be used here",
@@ -138,7 +181,7 @@ def choose(names: Sequence[str], targets: Sequence[str]) -> list[Backend]:
                 if backend.builds and backend.unavailable() is None
                 else "Install what it needs, or choose from what 'optfuse engines' calls ready",
             )
-    return chosen
+    return chosen, left_out
 
 
 def put_through(
@@ -215,10 +258,11 @@ def _take_turn(
             _not_measured(sessions, "no time was given to it (--duration 0)", None, found)
         for inputs in trial.inputs:
             with memory.freed_at_once(trial.is_large):
-                bound = _bind_all(sessions, inputs, found, notify)
-            _compare_all(bound, inputs, found)
+                bound = _bind_all(sessions, inputs, trial, found, notify)
+            bound = _compare_all(bound, inputs, trial, found)
             if bound and seconds > 0:
                 _measure_all(bound, seconds / len(trial.inputs), inputs, trial, found, notify)
+        _inspect(sessions, found)
 
 
 Opened = list[tuple[str, Variant, Session]]
@@ -267,7 +311,9 @@ def _failed(engine: str, error: EngineError, at: str | None, found: Findings) ->
     )
 
 
-def _bind_all(sessions: Opened, inputs: Inputs, found: Findings, notify: Notify) -> Opened:
+def _bind_all(
+    sessions: Opened, inputs: Inputs, trial: Trial, found: Findings, notify: Notify
+) -> Opened:
     """Hand the inputs over and run once, on every engine.
 
     Returns:
@@ -279,8 +325,9 @@ def _bind_all(sessions: Opened, inputs: Inputs, found: Findings, notify: Notify)
         own = [each for each in sessions if each[0] == engine]
         try:
             # The control may be the session of the baseline.
-            for session in {id(session): session for _, _, session in own}.values():
-                session.bind(inputs.feeds)
+            each_once = {id(session): (variant, session) for _, variant, session in own}
+            for variant, session in each_once.values():
+                session.bind(trial.typed(inputs.feeds, variant))
                 session.run()
         except EngineError as error:
             _failed(engine, error, inputs.at, found)
@@ -295,9 +342,10 @@ def _runnable(
     """What the engine can open of each variant; nothing where it only builds."""
     if backend.consumes == "program":
         return trial.programs
+    files = trial.files(backend.name)
     if not backend.builds:
-        return trial.onnx
-    built = _build(backend, trial.onnx, trial.options, found, notify)
+        return files
+    built = _build(backend, files, trial.options, found, notify)
     return built if "optimized" in built else {}
 
 
@@ -332,18 +380,59 @@ def _build(
     return built
 
 
-def _compare_all(sessions: Opened, inputs: Inputs, found: Findings) -> None:
-    """The drift of every engine's outputs from the captured program in float64."""
+def _compare_all(sessions: Opened, inputs: Inputs, trial: Trial, found: Findings) -> Opened:
+    """The drift of every engine's outputs from the captured program in float64.
+
+    Returns:
+        The sessions of the engines that ran on every sample, bound to the feeds as before.
+    """
+    failed = set()
     for engine, variant, session in sessions:
-        if inputs.reference is not None and variant != "control":
-            moved = drift(
-                session.fetch(),
-                inputs.reference,
-                engine=engine,
-                variant=variant,
-                reference_name=REFERENCE,
-            )
-            found.drifts.append(replace(moved, at=inputs.at))
+        if inputs.reference is None or variant == "control" or engine in failed:
+            continue
+        try:
+            outputs = _outputs(session, variant, inputs, trial)
+        except EngineError as error:
+            _failed(engine, error, inputs.at, found)
+            failed.add(engine)
+            continue
+        moved = drift(
+            outputs, inputs.reference, engine=engine, variant=variant, reference_name=REFERENCE
+        )
+        found.drifts.append(replace(moved, at=inputs.at))
+    return [each for each in sessions if each[0] not in failed]
+
+
+def _outputs(
+    session: Session, variant: Variant, inputs: Inputs, trial: Trial
+) -> list[torch.Tensor]:
+    """Of all samples, one after the other; of the feeds where there are none."""
+    if not inputs.samples:
+        return session.fetch()
+    outputs = []
+    for sample in inputs.samples:
+        session.bind(trial.typed(sample, variant))
+        session.run()
+        outputs += session.fetch()
+    session.bind(trial.typed(inputs.feeds, variant))
+    session.run()
+    return outputs
+
+
+def _inspect(sessions: Opened, found: Findings) -> None:
+    """Put what an engine tells of its layers now that it ran, their times above all, in the place
+    of what its builder told."""
+    told: dict[tuple[str, Variant], tuple[EngineLayer, ...]] = {
+        (engine, variant): session.layers()
+        for engine, variant, session in sessions
+        if variant != "control" and isinstance(session, TellsLayers)
+    }
+    found.engine_reports = [
+        replace(report, layers=told[report.engine, report.variant] or report.layers)
+        if report.not_measured is None and (report.engine, report.variant) in told
+        else report
+        for report in found.engine_reports
+    ]
 
 
 def _measure_all(

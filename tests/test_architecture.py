@@ -24,12 +24,15 @@ LEVELS = (
     ("pipeline", "bench", "diff"),
     ("isolated", "lower"),
     ("precision",),
-    ("ablate", "roofline", "subjects", "gate", "trial", "recommend"),
+    ("ablate", "roofline", "subjects", "gate", "trial"),
     (
         *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
-        *("explain", "report", "layers", "limits", "builder_findings"),
+        *("explain", "report", "layers", "limits"),
     ),
-    ("passes", "backends", "inputs", "normalize", "cost", "constraints", "onnx_dimensions"),
+    (
+        *("passes", "backends", "inputs", "normalize", "cost", "constraints", "onnx_dimensions"),
+        *("samples", "recommend", "builder_findings"),
+    ),
     ("weights", "branches", "dimensions"),
     (
         *("graph", "convolution", "folding", "lanes", "routing", "activations", "conv_act"),

@@ -17,10 +17,10 @@ from torch import nn
 
 from optfuse import backends
 from optfuse.diff import DiffRequest, diff
-from optfuse.diff.samples import Wanted, read_samples
 from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
 from optfuse.export import export_baseline
 from optfuse.report import schema
+from optfuse.samples import Wanted, read_samples
 from tests.harness import captured, scramble
 
 pytestmark = pytest.mark.skipif(

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from models import _train_digits, digits
 from optfuse import backends
 from optfuse.diff import DiffRequest, diff
-from optfuse.diff.samples import Wanted, read_samples
 from optfuse.export import export, export_baseline
 from optfuse.passes import ORDER
+from optfuse.samples import Wanted, read_samples
 from optfuse.stages import Artifact, BuildOptions, InputSpec, Program
 from tests.harness import captured, counts, float64_distance, optimized
 

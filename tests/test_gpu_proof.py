@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import page
-from benchmarks.gpu.run import NETWORKS, prove, usable
+from benchmarks.gpu import page, run
+from benchmarks.gpu.run import NETWORKS, Prepared, prove, usable
 from optfuse import backends
+from optfuse.backends import onnx_runtime
 from optfuse.backends.nvidia import gpu_count
+from optfuse.errors import EngineError
 
 main = importlib.import_module("benchmarks.gpu.__main__")
 
@@ -36,9 +38,13 @@ def test_every_network_is_proved() -> None:
     assert {"googlenet", "vit_tiny", "digits", "yolo_neck"} <= set(NETWORKS)
 
 
-def test_a_row_tells_how_much_faster_and_how_far_from_float64() -> None:
-    rows = list(prove(["digits"], [["onnxruntime"], []], "torch", 0.3, 1))
-    [row] = rows
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared("digits", tmp_path_factory.mktemp("digits"), threads=1)
+
+
+def test_a_row_tells_how_much_faster_and_how_far_from_float64(digits: Prepared) -> None:
+    [row] = digits.rows(["onnxruntime"], 0.3, "torch")
     assert (row["network"], row["engine"], row["device"]) == ("digits", "onnxruntime", "cpu")
     low, high = row["ratio"][1:]
     assert 0 < low <= row["ratio"][0] <= high
@@ -48,25 +54,47 @@ def test_a_row_tells_how_much_faster_and_how_far_from_float64() -> None:
     assert row["against_eager"][0] > 0
 
 
-def test_an_engine_that_fails_costs_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optfuse.backends import onnx_runtime
-    from optfuse.errors import EngineError
-
+def test_an_engine_that_fails_costs_its_own_rows_alone(
+    digits: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> Any:
         raise EngineError("It cannot start", "Out of memory", "Free some")
 
     monkeypatch.setattr(onnx_runtime.CPU_BACKEND, "open", fails)
-    rows = list(prove(["digits"], [["torch", "onnxruntime"]], "torch", 0.3, 1))
+    rows = digits.rows(["torch", "onnxruntime"], 0.3, "torch")
     assert [row.get("failed") for row in rows] == [None, "Out of memory"]
 
 
-def test_what_is_far_from_float64_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = importlib.import_module("benchmarks.gpu.run")
+def test_what_is_far_from_float64_is_wrong(
+    digits: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "DRIFT_LIMIT", 0.0)
     monkeypatch.setattr(run, "RATIO_LIMIT", 0.0)
-    [row] = prove(["digits"], [["torch"]], "torch", 0.3, 1)
+    [row] = digits.rows(["torch"], 0.3, "torch")
     assert row["wrong"] is True
     assert page.progress(row).endswith("WRONG")
+
+
+def test_rounds_come_one_after_the_other_and_a_failure_is_a_row(
+    digits: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(network: str, *_: Any) -> Prepared:
+        if network == "broken":
+            raise EngineError("It cannot be captured", "A branch", "Rewrite it")
+        return digits
+
+    def rows(_: Prepared, engines: list[str], seconds: float, eager: str) -> Any:
+        yield from ({"network": "digits", "engine": engine} for engine in engines)
+
+    monkeypatch.setattr(run, "Prepared", prepared)
+    monkeypatch.setattr(Prepared, "rows", rows)
+    found = list(prove(["digits", "broken"], [["a"], [], ["b"]], "a", 0.1, 1))
+    assert [(row["network"], row["engine"], row.get("failed")) for row in found] == [
+        ("digits", "a", None),
+        ("broken", "a", "A branch"),
+        ("digits", "b", None),
+        ("broken", "b", "A branch"),
+    ]
 
 
 @pytest.mark.skipif(gpu_count() > 0, reason="there is a GPU here")

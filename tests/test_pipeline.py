@@ -16,6 +16,7 @@ from torch import nn
 from optfuse import backends, pipeline, stats, trial
 from optfuse.backends import Backend, Session, onnx_runtime, torch_eager
 from optfuse.errors import EngineError
+from optfuse.lower import Plan
 from optfuse.report import rows
 from optfuse.stages import LoadedModel, Measurement, Program, Source, Variant, silent
 from tests.harness import captured
@@ -99,6 +100,8 @@ class Tripling(nn.Module):
 
 
 TORCH = backends.get("torch")
+NO_TRIAL = cast(trial.Trial, None)
+"""Looked into only where inputs are samples of the user's own."""
 
 
 def test_each_drift_is_of_its_own_variant_against_float64() -> None:
@@ -110,8 +113,8 @@ def test_each_drift_is_of_its_own_variant_against_float64() -> None:
         opened("control", exact * 1.5),
         opened("optimized", exact * 1.04),
     ]
-    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], found, silent)
-    trial._compare_all(sessions, inputs, found)
+    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], Plan(), found, silent)
+    trial._compare_all(sessions, inputs, NO_TRIAL, found)
     # Every output is scaled, so the relative distance is the scale's own; 1e-12 is rounding.
     assert {each.variant: each.relative_l2 for each in found.drifts} == {
         "baseline": pytest.approx(0.01, rel=1e-12),
@@ -128,8 +131,8 @@ def test_without_float64_there_is_no_drift_and_the_run_goes_on(
     monkeypatch.setattr(pipeline, "run_float64", fails)
     x = torch.linspace(1, 2, 8)
     found = trial.Findings(Path())
-    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], found, silent)
-    trial._compare_all([opened("optimized", x)], inputs, found)
+    [inputs] = pipeline._inputs(captured(Tripling(), x), [TORCH], Plan(), found, silent)
+    trial._compare_all([opened("optimized", x)], inputs, NO_TRIAL, found)
     assert found.drifts == []
     [failure] = found.failures
     assert failure.cause == "It does not run in float64: RuntimeError"
@@ -154,7 +157,7 @@ def test_nothing_is_run_in_float64_for_engines_that_only_build(
 ) -> None:
     monkeypatch.delattr(pipeline, "run_float64")
     program = captured(Tripling(), torch.linspace(1, 2, 8))
-    [inputs] = pipeline._inputs(program, [BUILDER], trial.Findings(Path()), silent)
+    [inputs] = pipeline._inputs(program, [BUILDER], Plan(), trial.Findings(Path()), silent)
     assert inputs.reference is None
 
 

@@ -43,7 +43,8 @@ def optimize(
         typer.Option(
             metavar="NAME",
             help="An engine to build and measure on. Repeat it for several. By default every "
-            "engine that works here; see 'optfuse engines'.",
+            "engine that works here and needs no minutes to compile; auto takes these as well, "
+            "and recommends one. See 'optfuse engines'.",
         ),
     ] = None,
     target: Annotated[
@@ -58,6 +59,67 @@ def optimize(
         Path | None,
         typer.Option(metavar="DIR", help="The folder for the results.", show_default="out/NAME"),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|fp16|bf16|int8|mixed",
+            help="Of the layers. mixed keeps those in float32 that drift too much in "
+            "--low-precision, see --max-drift.",
+        ),
+    ] = "fp32",
+    io_precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|fp16|bf16",
+            help="Of the inputs and outputs that are float32 in the model.",
+        ),
+    ] = "fp32",
+    low_precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp16|bf16|int8",
+            help="Of the low layers of --precision mixed.",
+            show_default="int8 with --data, else fp16",
+        ),
+    ] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Of --precision mixed: the relative L2 distance to float64 that the outputs stay "
+            "within.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own inputs, .npz, .npy or .safetensors: half of them calibrate int8, and "
+            "drift is taken on the others.",
+        ),
+    ] = None,
+    random_calibration: Annotated[
+        bool,
+        typer.Option(
+            "--random-calibration",
+            help="Calibrate int8 on random inputs: for latency alone, the outputs are worth "
+            "little.",
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Build TensorRT engines that later versions of the package load, too.",
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Build TensorRT engines that GPUs of later architectures run, too.",
+        ),
+    ] = False,
     output_name: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,6 +152,7 @@ def optimize(
     # A model may print while it is loaded or run; standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
         from optfuse.environment import available_threads
+        from optfuse.lower import plan_of
         from optfuse.pipeline import Request, run
 
         outcome = run(
@@ -102,6 +165,16 @@ def optimize(
                 targets=split(target),
                 threads=threads or available_threads(),
                 duration_seconds=duration,
+                plan=plan_of(
+                    precision,
+                    io=io_precision,
+                    low=low_precision or ("fp16" if data is None else "int8"),
+                    max_drift=max_drift,
+                ),
+                data=data,
+                random_calibration=random_calibration,
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
                 ablate=ablate,
                 strict=strict,
                 command=("optfuse", *sys.argv[1:]),

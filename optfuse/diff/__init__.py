@@ -24,13 +24,13 @@ from optfuse.diff.references import (
     choose_reference,
     outputs_of,
 )
-from optfuse.diff.samples import Wanted, read_samples
 from optfuse.environment import environment
 from optfuse.errors import EngineError, OptfuseError, UsageError
 from optfuse.float64 import random_inputs, torch_threads
 from optfuse.graph import flat_inputs, placeholders
 from optfuse.optimize import optimize, select
 from optfuse.report.diff import Compared, assemble
+from optfuse.samples import Wanted, read_samples
 from optfuse.stages import (
     Artifact,
     Drift,

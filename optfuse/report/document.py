@@ -226,6 +226,8 @@ def _drift_number(row: Mapping[str, Any]) -> tuple[str, str]:
     """A drift as a number, and what it is a number of."""
     if row["ratio_to_baseline"] is None:
         return distance(row["relative_l2"]), "drift; the export's own is zero or unknown"
+    if row["ratio_to_baseline"] >= rows.LOW_PRECISION:
+        return distance(row["relative_l2"]), "relative L2 to float64"
     return times(row["ratio_to_baseline"]), "of the export's own drift"
 
 

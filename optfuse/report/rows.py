@@ -11,7 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from optfuse.report.builder import findings
 from optfuse.report.convolutions import convolutions
+from optfuse.report.precision import facts, precision
+from optfuse.report.recommendation import recommendation, sentence
 from optfuse.report.table import (
     NONE,
     Column,
@@ -46,6 +49,9 @@ REFUSED = "Refused"
 CHOICES = {"alone": "only {}", "without": "all but {}", "up_to": "up to {}"}
 """How a choice of passes in the document's `ablation` is called in print."""
 
+LOW_PRECISION = 100.0
+"""From this multiple of the export's own drift on, it is more than float32's rounding."""
+
 _FIRST_SITES = 3
 _WORST_LAYERS = 5
 _REFUSAL_GROUPS = 5
@@ -63,15 +69,18 @@ def page(document: Document, *, brief: bool = False) -> Page:
     return Page(
         headline=tuple(headline(document)),
         warnings=tuple(warnings(document)),
-        facts=tuple(program_lines(document)),
+        facts=(*program_lines(document), *facts(document)),
         tables=(
             passes(document),
+            *recommendation(document),
             speedups(document),
             *ablation(document, brief=brief),
             latency(document),
             drift(document, brief=brief),
+            *precision(document, brief=brief),
             *_layers(document, _WORST_LAYERS if brief else None),
             *engines(document),
+            *findings(document),
             *([] if brief else [operators(document)]),
             refusals(document, limit=_REFUSAL_GROUPS if brief else None),
             *([] if brief else convolutions(document)),
@@ -94,6 +103,7 @@ def headline(document: Document) -> list[str]:
         for row in document["drift"]
         if row["variant"] == "optimized" and (row["engine"], row.get("at")) not in compared
     ]
+    sentences += sentence(document)
     sentences += not_measured(document)
     if not document["latency"] and not document["not_measured"]:
         sentences.append("latency not measured")
@@ -345,7 +355,7 @@ def drift(document: Document, *, brief: bool = False) -> Table:
             *([NONE if row["cosine"] is None else f"{row['cosine']:.6f}"] if cosine else []),
             NONE if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
             NONE if row["top1_agreement"] is None else f"{100 * row['top1_agreement']:.1f}%",
-            NONE if row["ratio_to_baseline"] is None else times(row["ratio_to_baseline"]),
+            _multiple(row["ratio_to_baseline"]),
         )
         for row in document["drift"]
     ]
@@ -419,22 +429,29 @@ def _badness(row: Mapping[str, Any]) -> float:
 
 def engine_layers(document: Document) -> list[tuple[str, Table]]:
     """Every layer of every engine that was built, with the title of the engine's own table."""
-    columns = (Column("layer"), Column("kind"), Column("made of the ONNX nodes"))
-    return [
+    return [_layer_table(row) for row in document["engines"] if row["layer_table"]]
+
+
+def _layer_table(row: Mapping[str, Any]) -> tuple[str, Table]:
+    layers = row["layer_table"]
+    timed = any("milliseconds" in layer for layer in layers)
+    columns = (
+        Column("layer"),
+        Column("kind"),
+        *((Column("ms", number=True),) if timed else ()),
+        Column("made of the ONNX nodes"),
+    )
+    rows = [
         (
-            engine_title(row["engine"], row["target"]),
-            table(
-                f"All {len(row['layer_table'])} layers, {VARIANTS[row['variant']]}",
-                columns,
-                [
-                    (layer["name"], layer["kind"], ", ".join(layer["nodes"]) or NONE)
-                    for layer in row["layer_table"]
-                ],
-            ),
+            layer["name"],
+            layer["kind"],
+            *((significant(layer.get("milliseconds"), 3),) if timed else ()),
+            ", ".join(layer["nodes"]) or NONE,
         )
-        for row in document["engines"]
-        if row["layer_table"]
+        for layer in layers
     ]
+    title = f"All {len(layers)} layers, {VARIANTS[row['variant']]}"
+    return engine_title(row["engine"], row["target"]), table(title, columns, rows)
 
 
 def engine_title(engine: str, target: str) -> str:
@@ -637,10 +654,24 @@ def _at(
 
 
 def drift_words(row: Mapping[str, Any]) -> str:
-    """A row of the document's `drift` beside the export's own drift."""
-    if row["ratio_to_baseline"] is not None:
-        return f"{times(row['ratio_to_baseline'])} of the export's own"
-    return f"{distance(row['relative_l2'])} (the export's own is zero or unknown)"
+    """A row of the document's `drift` beside the export's own drift.
+
+    In a lower precision that is thousands of times the export's, and the distance itself says more.
+    """
+    ratio = row["ratio_to_baseline"]
+    if ratio is None:
+        return f"{distance(row['relative_l2'])} (the export's own is zero or unknown)"
+    if ratio < LOW_PRECISION:
+        return f"{times(ratio)} of the export's own"
+    agreed = "" if row["top1_agreement"] is None else f", top-1 equal {row['top1_agreement']:.1%}"
+    return f"{distance(row['relative_l2'])} relative L2{agreed}"
+
+
+def _multiple(ratio: float | None) -> str:
+    """How many times the export's own drift."""
+    if ratio is None:
+        return NONE
+    return times(ratio) if ratio < LOW_PRECISION else f"{significant(ratio, 3)}x"
 
 
 def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str], at: str) -> str:

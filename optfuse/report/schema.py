@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optfuse import stats
+from optfuse.builder_findings import BuilderFinding
 from optfuse.errors import OptfuseError
+from optfuse.recommend import Recommendation
 from optfuse.stages import (
     Artifact,
     Caveat,
@@ -178,6 +180,9 @@ def assemble(
     layers: LayerDrifts | None = None,
     ablation: Sequence[Ablated] = (),
     histories: Sequence[LayerHistory] = (),
+    precision: Mapping[str, Any] | None = None,
+    recommendation: Recommendation | None = None,
+    builder_findings: Mapping[tuple[str, str], Sequence[BuilderFinding]] | None = None,
     directory: Path | None = None,
     created: datetime | None = None,
 ) -> Report:
@@ -204,6 +209,9 @@ def assemble(
         layers: drift layer by layer, or None where it was not taken.
         ablation: what each pass earned, where that was measured.
         histories: what became of every convolution.
+        precision: what `lower.told` says of it, or None in float32.
+        recommendation: what to deploy, where that was asked for.
+        builder_findings: engine and target -> what its builder does by itself.
         directory: artifact paths inside it are written relative to it, so that the folder can move.
         created: when, now by default.
     """
@@ -233,6 +241,13 @@ def assemble(
         "warnings": [asdict(caveat) for caveat in warnings],
         "layers": None if layers is None else layers_document(layers),
         "ablation": [_ablated(each) for each in ablation],
+        "precision": precision,
+        "recommendation": None if recommendation is None else asdict(recommendation),
+        "builder_findings": [
+            {"engine": engine, "target": target, **asdict(each)}
+            for (engine, target), found in (builder_findings or {}).items()
+            for each in found
+        ],
         "convolutions": [history_document(each) for each in histories],
     }
     return Report(strict(document))
@@ -458,7 +473,12 @@ def _engine(report: EngineReport) -> dict[str, Any]:
         "size_bytes": report.size_bytes,
         "build_seconds": report.build_seconds,
         "layer_table": [
-            {"name": layer.name, "kind": layer.kind, "nodes": layer.nodes}
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "nodes": layer.nodes,
+                **({} if layer.milliseconds is None else {"milliseconds": layer.milliseconds}),
+            }
             for layer in report.layers
         ],
     }

@@ -20,10 +20,10 @@ from torch import nn
 
 from optfuse.backends import BACKENDS, Backend, Session, get
 from optfuse.errors import EngineError, UsageError
+from optfuse.export import export
 from optfuse.float64 import distance, run_float64
-from optfuse.precision.floats import finished, lower
+from optfuse.precision.floats import lower
 from optfuse.stages import Artifact, BuildOptions, Program
-from tests.precision.written import onnx_of
 
 # torch.export copies a tree specification in a way that PyTorch itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -175,8 +175,8 @@ def in_precision(program: Program, onnx_file: Artifact, precision: str, path: Pa
         onnx.save(_with_int8_convolutions(onnx.load(onnx_file.path)), path)
         return program
     program = lower(program, precision)
-    onnx_of(program, path, input_names=INPUTS, output_names=OUTPUTS)
-    return finished(program)
+    export(program, path, input_names=INPUTS, output_names=OUTPUTS)
+    return program
 
 
 def _with_int8_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
