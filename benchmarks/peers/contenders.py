@@ -1,0 +1,49 @@
+"""Who is compared: what made the file or the program, what runs it, and in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+ENGINES = ("onnxruntime", "openvino", "torch", "torch-compile")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a table.
+
+    Attributes:
+        by: what made it: PyTorch itself, `torch.onnx.export` as it comes, a simplifier of its
+            file, or optfuse.
+        engine: what runs it, as optfuse calls it.
+        precision: as `--precision` has it.
+    """
+
+    by: str
+    engine: str
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        """Tells it from every other, e.g. `optfuse openvino bf16`."""
+        return f"{self.by} {self.engine} {self.precision}"
+
+
+REFERENCE = Contender("export as it comes", "onnxruntime")
+"""What every other one is compared with: the export as it comes, on the engine that most take."""
+
+OTHERS = (
+    Contender("eager", "torch"),
+    Contender("as captured", "torch-compile"),
+    REFERENCE,
+    Contender("onnxsim", "onnxruntime"),
+    Contender("onnxslim", "onnxruntime"),
+    Contender("export as it comes", "openvino"),
+)
+"""What people deploy otherwise."""
+
+OURS = tuple(
+    Contender("optfuse", engine, precision) for engine in ENGINES for precision in PRECISIONS
+)
+
+ALL = (*OTHERS, *OURS)
