@@ -35,7 +35,7 @@ from optfuse.passes import Pass
 from optfuse.precision.trials import float64_outputs, split
 from optfuse.recommend import Recommendation, recommend
 from optfuse.report import markdown, schema
-from optfuse.samples import Wanted, read_samples
+from optfuse.samples import Wanted, read_samples, require_finite
 from optfuse.stages import (
     Artifact,
     BuildOptions,
@@ -295,7 +295,7 @@ def _with_data(request: Request, captured: Program) -> Plan:
 
     Raises:
         LoadError: the file cannot be read.
-        UsageError: its arrays do not fit the model's inputs.
+        UsageError: its arrays do not fit the model's inputs, or are not finite.
     """
     plan = request.plan
     if request.data is not None:
@@ -306,7 +306,9 @@ def _with_data(request: Request, captured: Program) -> Plan:
             for node, leaf in zip(placeholders(graph_module.graph), leaves, strict=True)
             if isinstance(leaf, torch.Tensor)
         ]
-        calibrating, judging = split(read_samples(request.data, wanted))
+        samples = read_samples(request.data, wanted)
+        require_finite(request.data, samples, wanted)
+        calibrating, judging = split(samples)
         return replace(plan, calibration=calibrating, judging=judging)
     if request.random_calibration and plan.lowest == "int8":
         return with_random_data(plan, _at_usual(captured), request.source.seed)

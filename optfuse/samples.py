@@ -65,6 +65,24 @@ def read_samples(path: Path, wanted: Sequence[Wanted]) -> list[list[torch.Tensor
     return [[part[index].contiguous() for part in parts] for index in range(number)]
 
 
+def require_finite(
+    path: Path, samples: Sequence[Sequence[torch.Tensor]], wanted: Sequence[Wanted]
+) -> None:
+    """Refuse inputs that no distance can be taken on.
+
+    Raises:
+        UsageError: a number is NaN or infinite.
+    """
+    for number, sample in enumerate(samples):
+        for each, tensor in zip(wanted, sample, strict=True):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UsageError(
+                    f"The inputs in '{path}' cannot be used",
+                    f"Sample {number} of the input '{each.name}' has NaN or infinity in it",
+                    "Save the data again without it",
+                )
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """The arrays in the file by their names; those of a `.npy` and unnamed ones are `arr_0` ..."""
     thing = f"The inputs in '{path}' cannot be read"

@@ -3,7 +3,7 @@
 models/resnet50.py:build             a model source, on eager PyTorch
 models/resnet50.py:build@onnxruntime the same, exported as it comes, on ONNX Runtime
 model.onnx[@ENGINE]                  an ONNX file, on ONNX Runtime unless said otherwise
-engines/tensorrt-rtx/x.engine        an engine file; the folder it lies in names its engine
+x.engine[@ENGINE]                    an engine file; x.engine.json beside it names its engine
 out/resnet50[@ENGINE]                what `optfuse optimize` wrote: its two ONNX files
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from optfuse import backends
+from optfuse.backends import engine_file
 from optfuse.capture import capture
 from optfuse.errors import LoadError, UsageError
 from optfuse.export import export_baseline
@@ -25,12 +26,21 @@ from optfuse.files import sha256
 from optfuse.graph import flat_inputs
 from optfuse.inputs import random_arguments
 from optfuse.load import load
-from optfuse.stages import Artifact, BuildOptions, InputSpec, LoadedModel, Program, Source, Variant
+from optfuse.stages import (
+    Artifact,
+    BuildOptions,
+    InputShapes,
+    InputSpec,
+    LoadedModel,
+    Program,
+    Source,
+    Variant,
+)
 
 Kind = Literal["source", "onnx", "engine"]
 
 DEFAULT_ENGINE = {"source": "torch", "onnx": "onnxruntime"}
-"""What runs a subject that names no engine; an engine file lies in a folder named after it."""
+"""What runs a subject that names no engine; an engine file runs on the one that built it."""
 
 ELEMENT_TYPES = {
     1: "float32",
@@ -59,6 +69,7 @@ class Subject:
         engine: the backend that runs it.
         source: the model's source, where it is one.
         path: the file, where it is one.
+        inputs: as the user described them, for what a file leaves open.
     """
 
     text: str
@@ -67,6 +78,7 @@ class Subject:
     engine: str
     source: Source | None = None
     path: Path | None = None
+    inputs: tuple[InputSpec, ...] = ()
 
 
 def parse_subjects(
@@ -86,12 +98,13 @@ def parse_subjects(
     Raises:
         UsageError: one is nothing that can be compared, or there is no engine of that name.
         LoadError: a file is not there.
+        EngineError: an engine file names no engine, and nothing beside it does.
     """
     found = []
     for text in texts:
         what, engine = _split(text)
         source = Source(what, weights=weights, inputs=inputs, seed=seed, trust=trust)
-        found += _subjects(what, engine, source)
+        found += [replace(each, inputs=inputs) for each in _subjects(what, engine, source)]
     return _named_apart(found)
 
 
@@ -115,17 +128,19 @@ def opened_by(subject: Subject, folder: Path, batch: int | None = None) -> Progr
     """What the subject's engine opens.
 
     A source is captured, and exported as it comes where the engine reads ONNX; an engine with a
-    build step builds for the device that is here.
+    build step builds for the device that is here, and for the sizes that it will be run with.
 
     Args:
         subject: one subject.
         folder: where a file that has to be made is put; one folder for each subject and batch.
-        batch: as in `program_of`; a file takes what it was exported for.
+        batch: as in `program_of`; a file takes what it was exported or built for.
 
     Raises:
-        UsageError: an ONNX file was exported for another batch.
+        UsageError: a file was exported or built for another batch, or leaves a size open that has
+            to be known to build an engine.
         ModelError: the model cannot be loaded, captured or exported, or a file cannot be read.
-        EngineError: the engine cannot be built.
+        EngineError: the engine cannot be built, or what lies beside an engine file is missing or
+            was changed.
     """
     backend = backends.get(subject.engine)
     thing: Program | Artifact
@@ -140,7 +155,8 @@ def opened_by(subject: Subject, folder: Path, batch: int | None = None) -> Progr
         if batch is not None:
             _require_batch(thing, batch)
     if backend.builds and thing.kind == "onnx":
-        [(thing, _), *_] = backend.build(thing, BuildOptions(), folder)
+        options = BuildOptions(shapes=_shapes_fed(thing, subject.inputs, batch))
+        [(thing, _), *_] = backend.build(thing, options, folder)
     return thing
 
 
@@ -150,12 +166,13 @@ def feeds_of(
     seed: int = 0,
     batch: int | None = None,
 ) -> list[torch.Tensor]:
-    """Inputs for it: a program's own examples, or random ones that fit an ONNX file.
+    """Inputs for it: a program's own examples, or random ones that fit a file.
 
     Args:
         thing: what `opened_by` gave.
         specs: inputs as the user described them, by name or in order; they decide over what a
-            file leaves open, and must fit what it does not.
+            file leaves open, and must fit what it does not. Without them, an engine is given the
+            sizes that it is fastest at.
         seed: of the random numbers.
         batch: the size of a first dimension that a file leaves open.
 
@@ -164,18 +181,15 @@ def feeds_of(
 
     Raises:
         UsageError: a size is not known, or the specs do not fit the file.
+        EngineError: what lies beside an engine file is missing or was changed.
     """
     if isinstance(thing, Program):
         leaves = flat_inputs(thing.graph_module, thing.example_args, thing.example_kwargs)
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if thing.kind == "engine":
-        wanted = _of_specs(thing, specs)
-    else:
-        wanted = [
-            _filled_in(thing, given, _spec_for(given, index, specs), batch)
-            for index, given in enumerate(onnx_inputs(thing.path))
-        ]
-    args, _ = random_arguments([replace(spec, name=None) for spec in wanted], seed)
+    wanted = _of_engine if thing.kind == "engine" else _of_onnx
+    args, _ = random_arguments(
+        [replace(spec, name=None) for spec in wanted(thing, specs, batch)], seed
+    )
     return list(args)
 
 
@@ -252,13 +266,8 @@ def _file(path: Path, text: str, engine: str | None) -> Subject:
             "Check the path, or write it again with 'optfuse optimize'",
         )
     kind: Kind = "onnx" if path.suffix == ".onnx" else "engine"
-    chosen = engine or DEFAULT_ENGINE.get(kind) or path.resolve().parent.name
-    if chosen not in backends.BACKENDS:
-        raise UsageError(
-            f"'{text}' does not say which engine runs it",
-            "An engine file runs on the engine that built it alone",
-            f"Write {text}@tensorrt or {text}@tensorrt-rtx",
-        )
+    chosen = engine or DEFAULT_ENGINE.get(kind) or engine_file.read(path).package
+    backends.get(chosen)
     parent = path.resolve().parent.name
     return Subject(text, kind, f"{parent}/{path.name}" if parent else path.name, chosen, path=path)
 
@@ -302,28 +311,47 @@ def _with_batch(model: LoadedModel, batch: int) -> LoadedModel:
 
 
 def _artifact(path: Path, kind: Literal["onnx", "engine"]) -> Artifact:
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    if kind == "onnx":
-        inputs = tuple(name for name, _, _ in onnx_inputs(path))
-        outputs = tuple(value.name for value in _read(path).graph.output)
     variant = _IN_FOLDER.get(path.name, "optimized")
-    size_bytes = path.stat().st_size
-    return Artifact(path, kind, sha256(path), size_bytes, variant, inputs, outputs)
+    artifact = Artifact(path, kind, sha256(path), path.stat().st_size, variant)
+    if kind == "engine":
+        return engine_file.named(artifact, engine_file.read(path))
+    return replace(
+        artifact,
+        input_names=tuple(name for name, _, _ in onnx_inputs(path)),
+        output_names=tuple(value.name for value in _read(path).graph.output),
+    )
 
 
 def _require_batch(artifact: Artifact, batch: int) -> None:
-    fixed = []
-    if artifact.kind == "onnx":
-        shapes = [shape for _, _, shape in onnx_inputs(artifact.path)]
-        fixed = [shape[0] for shape in shapes if shape and isinstance(shape[0], int)]
-    if artifact.kind == "engine" or any(size != batch for size in fixed):
+    thing = f"'{artifact.path}' cannot be run with --batch {batch}"
+    if artifact.kind == "engine":
+        for least, most in _batches(engine_file.read(artifact.path)):
+            if not least <= batch <= most:
+                sizes = f"a batch of {least}" if least == most else f"batches of {least} to {most}"
+                raise UsageError(
+                    thing,
+                    f"It was built for {sizes}",
+                    "Choose a batch that it was built for, or build it for others with 'optfuse "
+                    "optimize --dim'",
+                )
+        return
+    shapes = [shape for _, _, shape in onnx_inputs(artifact.path)]
+    fixed = [shape[0] for shape in shapes if shape and isinstance(shape[0], int)]
+    if any(size != batch for size in fixed):
         raise UsageError(
-            f"'{artifact.path}' cannot be run with --batch {batch}",
-            f"It was exported for a batch of {fixed[0]}" if fixed else "An engine has fixed sizes",
+            thing,
+            f"It was exported for a batch of {fixed[0]}",
             "Give the model's source instead, which is exported anew for every batch, or an ONNX "
             "file with an open first dimension",
         )
+
+
+def _batches(built: engine_file.Built) -> list[tuple[int, int]]:
+    """The least and the largest first dimension of each input whose first one is open; of every
+    input where there is none."""
+    fixed = [(each.shape[0], each.shape[0]) for each in built.inputs if each.shape]
+    names = {each.name for each in built.inputs if each.shape[:1] == (-1,)}
+    return [(each.least[0], each.most[0]) for each in built.shapes if each.name in names] or fixed
 
 
 def _read(path: Path) -> Any:
@@ -345,6 +373,44 @@ def _read(path: Path) -> Any:
     return model
 
 
+def _of_onnx(artifact: Artifact, specs: Sequence[InputSpec], batch: int | None) -> list[InputSpec]:
+    """The inputs that an ONNX file is run with."""
+    return [
+        InputSpec(
+            given[0], _sizes(artifact, given, _spec_for(given, index, specs), batch), given[1]
+        )
+        for index, given in enumerate(onnx_inputs(artifact.path))
+    ]
+
+
+def _of_engine(
+    artifact: Artifact, specs: Sequence[InputSpec], batch: int | None
+) -> list[InputSpec]:
+    """The inputs that an engine is run with; whether its profile holds them, it says itself."""
+    built = engine_file.read(artifact.path)
+    found = []
+    for index, usual in enumerate(engine_file.usual_inputs(built)):
+        shape = built.inputs[index].shape
+        given = (str(usual.name), usual.dtype, tuple("?" if size < 0 else size for size in shape))
+        spec = _spec_for(given, index, specs)
+        if spec is None and batch is not None and shape[:1] == (-1,):
+            spec = replace(usual, shape=(batch, *usual.shape[1:]))
+        found.append(replace(usual, shape=_sizes(artifact, given, spec or usual, None)))
+    return found
+
+
+def _shapes_fed(
+    artifact: Artifact, specs: Sequence[InputSpec], batch: int | None
+) -> tuple[InputShapes, ...]:
+    """What an engine is built for: the shape that each open input is run with, and no other."""
+    found = []
+    for index, given in enumerate(onnx_inputs(artifact.path)):
+        if any(isinstance(size, str) for size in given[2]):
+            sizes = _sizes(artifact, given, _spec_for(given, index, specs), batch)
+            found.append(InputShapes(given[0], sizes, sizes, sizes))
+    return tuple(found)
+
+
 def _spec_for(
     given: tuple[str, str, tuple[int | str, ...]], index: int, specs: Sequence[InputSpec]
 ) -> InputSpec | None:
@@ -356,13 +422,13 @@ def _spec_for(
     return unnamed[index] if index < len(unnamed) else None
 
 
-def _filled_in(
+def _sizes(
     artifact: Artifact,
     given: tuple[str, str, tuple[int | str, ...]],
     spec: InputSpec | None,
     batch: int | None,
-) -> InputSpec:
-    """The input with every size known.
+) -> tuple[int, ...]:
+    """The shape of an input with every size known.
 
     Raises:
         UsageError: one stays open, or the user's spec contradicts the file.
@@ -390,14 +456,4 @@ def _filled_in(
             f"The file takes {written}:{dtype}",
             f"Give it with --input {name}=SHAPE:{dtype}",
         )
-    return InputSpec(name, sizes, dtype)
-
-
-def _of_specs(engine: Artifact, specs: Sequence[InputSpec]) -> list[InputSpec]:
-    if not specs:
-        raise UsageError(
-            f"The inputs of '{engine.path}' are not known",
-            "An engine file does not tell its shapes before it is loaded",
-            "Give every input with --input, in the engine's order",
-        )
-    return list(specs)
+    return sizes

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
 
+from optfuse.backends import engine_file, nvinfer
+from optfuse.backends.engine_file import Built, EngineInput
 from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
-from optfuse.stages import Artifact, InputSpec, Program
+from optfuse.stages import Artifact, InputShapes, InputSpec, Program
 from optfuse.subjects import Subject, feeds_of, onnx_inputs, opened_by, parse_subjects, program_of
+from tests.backends.nvinfer_examples import builds_ahead
 
 MODEL = """
 import torch
@@ -44,6 +49,29 @@ def onnx_file(
     return path
 
 
+IMAGE = InputShapes("image", (1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8))
+BUILT = Built(
+    onnx_sha256="a" * 64,
+    package="tensorrt-rtx",
+    version="1.7.1.116",
+    target="sm_89",
+    device=None,
+    oldest_target="sm_89",
+    shapes=(IMAGE,),
+    version_compatible=False,
+    hardware_compatible=False,
+    inputs=(EngineInput("image", "float16", (-1, 3, 8, 8)), EngineInput("mask", "bool", (8, 2))),
+    outputs=("score",),
+)
+
+
+def engine(path: Path, **changed: Any) -> Path:
+    """No engine, with the description of one beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine_file.write(path, b"not looked at", replace(BUILT, **changed))
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -58,14 +86,12 @@ def read(*texts: str) -> list[tuple[str, str, str]]:
 
 
 def test_each_kind_has_its_usual_engine_and_at_chooses_another(folder: Path) -> None:
-    engine = folder / "engines" / "tensorrt-rtx" / "sm_89.engine"
-    engine.parent.mkdir(parents=True)
-    engine.write_bytes(b"not looked at")
+    built = engine(folder / "engines" / "tensorrt-rtx" / "sm_89.engine")
     assert read("net.py:build") == [("source", "net@torch", "torch")]
     assert read("net.py:build@onnxruntime") == [("source", "net@onnxruntime", "onnxruntime")]
     assert read("torchvision:resnet18") == [("source", "resnet18@torch", "torch")]
     assert read("out/model.onnx") == [("onnx", "out/model.onnx@onnxruntime", "onnxruntime")]
-    assert read(f"{engine}") == [
+    assert read(f"{built}") == [
         ("engine", "tensorrt-rtx/sm_89.engine@tensorrt-rtx", "tensorrt-rtx")
     ]
 
@@ -114,11 +140,34 @@ def test_what_cannot_be_compared_is_said(
     assert sentence in str(caught.value)
 
 
-def test_an_engine_file_outside_its_folder_needs_its_engine(folder: Path) -> None:
+def test_what_lies_beside_an_engine_file_chooses_its_engine(folder: Path) -> None:
+    """Wherever both were copied to: here, to the folder of another engine."""
+    engine(folder / "tensorrt" / "x.engine")
+    assert read("tensorrt/x.engine") == [
+        ("engine", "tensorrt/x.engine@tensorrt-rtx", "tensorrt-rtx")
+    ]
+    assert parse_subjects(["tensorrt/x.engine@tensorrt"])[0].engine == "tensorrt"
+
+
+def test_an_engine_file_that_nothing_describes_is_refused_as_it_would_be_opened(
+    folder: Path,
+) -> None:
     (folder / "x.engine").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"Write x\.engine@tensorrt or x\.engine@tensorrt-rtx"):
+    with pytest.raises(EngineError, match=r"There is no x\.engine\.json beside it") as caught:
         parse_subjects(["x.engine"])
-    assert parse_subjects(["x.engine@tensorrt"])[0].engine == "tensorrt"
+    assert caught.value.exit_code == 4
+    with pytest.raises(EngineError, match=r"There is no x\.engine\.json beside it"):
+        opened_by(subject("x.engine@tensorrt"), folder)
+    beside = engine(folder / "y.engine").with_name("y.engine.json")
+    beside.write_text(beside.read_text().replace("sm_89", "sm_90"))
+    with pytest.raises(EngineError, match=r"y\.engine\.json beside it was changed"):
+        parse_subjects(["y.engine"])
+
+
+def test_an_engine_of_a_package_that_is_none_here_is_refused(folder: Path) -> None:
+    engine(folder / "x.engine", package="another")
+    with pytest.raises(UsageError, match="There is no engine 'another'"):
+        parse_subjects(["x.engine"])
 
 
 def subject(text: str) -> Subject:
@@ -206,14 +255,125 @@ def test_inputs_that_are_no_tensors_of_numbers_are_said(folder: Path) -> None:
         onnx_inputs(folder / "text.onnx")
 
 
-def test_an_engine_files_inputs_are_the_users(folder: Path) -> None:
-    (folder / "x.engine").write_bytes(b"x")
-    thing = opened_by(subject("x.engine@tensorrt"), folder)
-    with pytest.raises(UsageError, match="Give every input with --input"):
-        feeds_of(thing)
-    assert [tuple(feed.shape) for feed in feeds_of(thing, (InputSpec("x", (2, 3)),))] == [(2, 3)]
-    with pytest.raises(UsageError, match="An engine has fixed sizes"):
-        opened_by(subject("x.engine@tensorrt"), folder, 2)
+def shapes_and_dtypes(tensors: list[torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [(tuple(each.shape), each.dtype) for each in tensors]
+
+
+def test_an_engine_is_given_what_it_is_fastest_at_or_what_the_user_says(folder: Path) -> None:
+    engine(folder / "x.engine")
+    thing = opened_by(subject("x.engine"), folder)
+    assert isinstance(thing, Artifact)
+    assert (thing.input_names, thing.output_names) == (("image", "mask"), ("score",))
+    mask = ((8, 2), torch.bool)
+    for specs, batch, rows in (
+        ((), None, 4),
+        ((), 16, 16),
+        ((InputSpec("image", (2, 3, 8, 8), "float16"),), None, 2),
+        ((InputSpec(None, (1, 3, 8, 8), "float16"),), 16, 1),
+        ((InputSpec("mask", (8, 2), "bool"),), None, 4),
+    ):
+        feeds = feeds_of(thing, specs, batch=batch)
+        assert shapes_and_dtypes(feeds) == [((rows, 3, 8, 8), torch.float16), mask]
+        assert feeds[0].std() > 0.5  # drawn, not zeros
+    with pytest.raises(UsageError, match=r"The file takes \?x3x8x8:float16"):
+        feeds_of(thing, (InputSpec("image", (2, 3, 9, 8), "float16"),))
+    with pytest.raises(UsageError, match=r"The file takes \?x3x8x8:float16"):
+        feeds_of(thing, (InputSpec("image", (2, 3, 8, 8)),))
+
+
+FIXED = (EngineInput("image", "float32", (4, 3)), EngineInput("factor", "float32", ()))
+TALL = EngineInput("image", "float32", (1, -1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "within", "outside", "sentence"),
+    [
+        ({}, (1, 16), (17,), "It was built for batches of 1 to 16"),
+        ({"shapes": (), "inputs": FIXED}, (4,), (1, 5), "It was built for a batch of 4"),
+        (
+            {"shapes": (InputShapes("image", (1, 2), (1, 4), (1, 8)),), "inputs": (TALL,)},
+            (1,),
+            (2, 4),
+            "It was built for a batch of 1",
+        ),
+    ],
+    ids=["open batch", "fixed", "open in another dimension"],
+)
+def test_an_engine_takes_the_batches_that_it_was_built_for(
+    folder: Path,
+    changed: dict[str, Any],
+    within: tuple[int, ...],
+    outside: tuple[int, ...],
+    sentence: str,
+) -> None:
+    engine(folder / "x.engine", **changed)
+    for batch in within:
+        thing = opened_by(subject("x.engine"), folder, batch)
+        assert feeds_of(thing, batch=batch)[0].shape[0] == batch
+    for batch in outside:
+        with pytest.raises(UsageError) as caught:
+            opened_by(subject("x.engine"), folder, batch)
+        assert caught.value.cause == sentence
+
+
+@pytest.fixture
+def ada(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a GPU of compute capability 8.9 were here, for a builder that needs none."""
+    monkeypatch.setattr(nvinfer, "device_target", lambda: "sm_89")
+
+
+@builds_ahead
+@pytest.mark.parametrize(
+    ("shape", "batch", "specs", "built_for"),
+    [
+        ((2, 4), None, (), None),
+        (("n", 4), 3, (), (3, 4)),
+        (("n", "width"), None, (InputSpec("x", (2, 5)),), (2, 5)),
+        (("n", "width"), 3, (InputSpec(None, (2, 5)),), (2, 5)),
+    ],
+    ids=["nothing open", "a batch", "an input", "an input and a batch"],
+)
+def test_an_engine_is_built_for_the_shapes_that_it_is_run_with(
+    folder: Path,
+    ada: None,
+    shape: tuple[int | str, ...],
+    batch: int | None,
+    specs: tuple[InputSpec, ...],
+    built_for: tuple[int, ...] | None,
+) -> None:
+    onnx_file(folder / "x.onnx", shape)
+    [x] = parse_subjects(["x.onnx@tensorrt-rtx"], inputs=specs)
+    made = folder / "made"
+    made.mkdir()
+    thing = opened_by(x, made, batch)
+    assert isinstance(thing, Artifact)
+    assert (thing.kind, thing.path.parent) == ("engine", made)
+    built = engine_file.read(thing.path)
+    wanted = () if built_for is None else (InputShapes("x", built_for, built_for, built_for),)
+    assert built.shapes == wanted
+    [feed] = feeds_of(thing, specs, batch=batch)
+    assert tuple(feed.shape) == (built_for or shape)
+    # And as a file of its own, which says its sizes itself.
+    [again] = feeds_of(opened_by(subject(str(thing.path)), folder, len(feed)))
+    assert torch.equal(again, feed)
+
+
+@builds_ahead
+def test_a_source_on_an_engine_that_builds_is_fed_like_its_examples(
+    folder: Path, ada: None
+) -> None:
+    (folder / "made").mkdir()
+    thing = opened_by(subject("net.py:build@tensorrt-rtx"), folder / "made", 3)
+    assert shapes_and_dtypes(feeds_of(thing, batch=3)) == [((3, 3, 8, 8), torch.float32)]
+
+
+@builds_ahead
+def test_an_open_size_that_nobody_names_is_asked_for_before_an_engine_is_built(
+    folder: Path, ada: None
+) -> None:
+    onnx_file(folder / "x.onnx", ("n", 4))
+    with pytest.raises(UsageError, match="Give it with --input x=SHAPE:float32"):
+        opened_by(subject("x.onnx@tensorrt-rtx"), folder)
 
 
 def test_an_engine_that_cannot_open_it_says_so(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
+    from optfuse.stages import Artifact, BuildOptions, EngineLayer, EngineReport, Program
 
 BACKENDS = {
     "torch": "optfuse.backends.torch_eager:BACKEND",
@@ -77,6 +77,14 @@ class Session(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class TellsLayers(Protocol):
+    """A session whose engine tells of its layers and how long each takes."""
+
+    def layers(self) -> tuple[EngineLayer, ...]:
+        """Every layer, in the engine's order."""
+
+
 class Backend(Protocol):
     """An engine that can build and run a program."""
 
@@ -104,6 +112,14 @@ class Backend(Protocol):
 
         Args:
             precision: `fp32`, `fp16`, `bf16` or `int8`.
+        """
+
+    def widens(self, precision: str) -> str | None:
+        """None where it computes here in that precision, or refuses it; else what it does instead,
+        one sentence without a full stop.
+
+        Args:
+            precision: as for `refuses`.
         """
 
     def check_target(self, target: str) -> None:

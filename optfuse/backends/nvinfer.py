@@ -382,6 +382,11 @@ class NvinferBackend:
             return f"The GPU here is {here}, and bf16 needs sm_80 or later"
         return None
 
+    def widens(self, precision: str) -> str | None:
+        """None: a network's types say what its layers compute in."""
+        del precision
+        return None
+
 
 def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])

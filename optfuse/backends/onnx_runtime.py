@@ -142,6 +142,12 @@ class OnnxRuntime:
             return "ONNX Runtime has no convolution and no matrix product in bf16 on a CPU"
         return None
 
+    def widens(self, precision: str) -> str | None:
+        """None but for fp16 on a CPU: see `refuses`."""
+        if precision == "fp16" and not self._provider.on_gpu:
+            return "ONNX Runtime computes fp16 in float32 on a CPU"
+        return None
+
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
 

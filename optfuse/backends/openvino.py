@@ -41,6 +41,10 @@ Not f64: it would be computed in float32 without a word. i64 is computed in int3
 looks after.
 """
 
+INT8_SCHEME = "optfuse.int8"
+"""Key in an ONNX file's metadata under which optfuse says what its int8 was written for: SCHEME in
+optfuse/precision/int8.py, which may not be imported from here."""
+
 TELEMETRY = "openvino_telemetry"
 """What reports every import of OpenVINO to its makers, and keeps a number for it in the home
 directory. OpenVINO has a stub of its own for where this package is missing."""
@@ -75,6 +79,17 @@ class OpenVino:
         del precision
         return None
 
+    def widens(self, precision: str) -> str | None:
+        """What it computes in float32 instead: fp16, and bf16 on a CPU that it has no kernels for.
+
+        A test has its layers say in which precision they ran.
+        """
+        if precision == "fp16":
+            return "OpenVINO computes fp16 in float32"
+        if precision == "bf16" and self.unavailable() is None and "BF16" not in _capabilities():
+            return "OpenVINO computes bf16 in float32 on this CPU"
+        return None
+
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
 
@@ -89,8 +104,9 @@ class OpenVino:
         """Load an ONNX file.
 
         Raises:
-            EngineError: the package is missing, the file can't be loaded, something else than a CPU
-                would run it, or not in the types that the file names.
+            EngineError: the package is missing, the file can't be loaded, its int8 was written for
+                another engine, something else than a CPU would run it, or not in the types that
+                the file names.
         """
         if reason := self.unavailable():
             cause, _, command = reason.partition(": ")
@@ -224,30 +240,28 @@ def _package() -> Any:
     return openvino
 
 
+def _capabilities() -> list[str]:
+    """What its CPU plugin says that it computes in here, e.g. `FP32`, `BF16`, `INT8`."""
+    found: list[str] = _package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return found
+
+
 def _load(path: Path, threads: int) -> Any:
     """An `openvino.CompiledModel` on the CPU."""
     openvino = _package()
-    from openvino.frontend import FrontEndManager
-
     if not path.is_file():
         raise EngineError(
             f"The engine 'openvino' cannot open '{path}'",
             "There is no such file",
             "Check the path, or export the model again",
         )
+    model = _read(path)
+    _require_own_int8(model, path)
     try:
-        # Not Core.read_model: it tries the readers of all other formats, which print what they
-        # think of the file.
-        reader = FrontEndManager().load_by_framework("onnx")
-        model = reader.convert(reader.load(str(path)))
         compiled = openvino.Core().compile_model(model, "CPU", _settings(threads))
         devices = compiled.get_property("EXECUTION_DEVICES")
     except Exception as error:  # its exceptions have no public base class
-        raise EngineError(
-            f"The engine 'openvino' cannot load '{path}'",
-            _reason(error),
-            "Export the model again, or update openvino if it is older than the file's opset",
-        ) from error
+        raise _failed_to_load(path, error) from error
     if devices != ["CPU"]:
         raise EngineError(
             f"The engine 'openvino' would not run '{path}' where it was asked to",
@@ -255,6 +269,37 @@ def _load(path: Path, threads: int) -> Any:
             "Install the openvino package that has its CPU plugin",
         )
     return compiled
+
+
+def _read(path: Path) -> Any:
+    """An `openvino.Model`, its metadata beside it, and nothing compiled."""
+    from openvino.frontend import FrontEndManager
+
+    try:
+        # Not Core.read_model: it tries the readers of all other formats, which print what they
+        # think of the file.
+        reader = FrontEndManager().load_by_framework("onnx")
+        return reader.convert(reader.load(str(path)))
+    except Exception as error:  # its exceptions have no public base class
+        raise _failed_to_load(path, error) from error
+
+
+def _require_own_int8(model: Any, path: Path) -> None:
+    """Before it is compiled, which may end the process.
+
+    Raises:
+        EngineError: its int8 was written for another engine.
+    """
+    place = ["framework", INT8_SCHEME]
+    scheme = str(model.get_rt_info(place).value) if model.has_rt_info(place) else "openvino"
+    if scheme != "openvino":
+        raise EngineError(
+            f"The engine 'openvino' cannot open '{path}'",
+            f"Its int8 was written for {scheme}, and OpenVINO crashes on some such files and "
+            "computes others wrongly",
+            "Give --engine openvino when optimizing, or use model.openvino.onnx where that is "
+            "beside it",
+        )
 
 
 def _settings(threads: int) -> dict[str, Any]:
@@ -320,6 +365,14 @@ def _fits_int32(tensor: torch.Tensor) -> bool:
     limits = torch.iinfo(torch.int32)
     low, high = torch.aminmax(tensor)
     return limits.min <= int(low) and int(high) <= limits.max
+
+
+def _failed_to_load(path: Path, error: Exception) -> EngineError:
+    return EngineError(
+        f"The engine 'openvino' cannot load '{path}'",
+        _reason(error),
+        "Export the model again, or update openvino if it is older than the file's opset",
+    )
 
 
 def _failed_to_run(error: Exception) -> EngineError:

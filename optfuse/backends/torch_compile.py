@@ -176,20 +176,30 @@ def _in_plain_operators(program: Program) -> Program:
 
     It has no operator of ours but what that is short for: inductor fuses that by itself, and would
     have to call ours as it is.
-    """
-    import torch
 
-    from optfuse.conv_act import CONV_ACT, composite
+    Raises:
+        EngineError: torch.export does not take it.
+    """
     from optfuse.graph import export_again
 
     try:
-        exported = export_again(program)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about PyTorch's own code
+            return _spelled_out(program, export_again(program))
     except Exception as error:  # it raises whatever it likes
         raise EngineError(
             f"'{program.name}' cannot be compiled",
             first_line(error),
             "Use the engine 'torch', which compiles nothing",
         ) from error
+
+
+def _spelled_out(program: Program, exported: torch.export.ExportedProgram) -> Program:
+    """The exported program with our operator as what it is short for."""
+    import torch
+
+    from optfuse.conv_act import CONV_ACT, composite
+
     modules = exported.graph_module.modules()
     graphs = [each.graph for each in modules if isinstance(each, torch.fx.GraphModule)]
     if any(graph.find_nodes(op="call_function", target=CONV_ACT) for graph in graphs):

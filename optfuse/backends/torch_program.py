@@ -51,6 +51,11 @@ class ProgramBackend(ABC):
             return "It runs captured programs, and int8 is written into ONNX files only"
         return None
 
+    def widens(self, precision: str) -> str | None:
+        """None: PyTorch computes in the dtypes of the program."""
+        del precision
+        return None
+
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
         del target

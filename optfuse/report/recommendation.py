@@ -25,7 +25,7 @@ from optfuse.report.table import (
 RECOMMENDATION = "Recommendation"
 """The title of the table `recommendation`."""
 
-_FILES = {"baseline": "baseline.onnx", "optimized": "model.onnx"}
+_VARIANTS = {"baseline": "as exported", "optimized": "optimized"}
 _ONE_OF = {"baseline": "the export as it comes", "optimized": "the optimized model"}
 
 
@@ -45,7 +45,7 @@ def recommendation(document: Document) -> list[Table]:
         return []
     columns = (
         Column("engine"),
-        Column("file"),
+        Column("variant"),
         Column("median ms", number=True),
         Column("the fastest is", number=True),
         Column("verdict", verdict=True),
@@ -54,7 +54,7 @@ def recommendation(document: Document) -> list[Table]:
     rows = [
         (
             each["engine"],
-            _FILES[each["variant"]],
+            _VARIANTS[each["variant"]],
             significant(each["median_ms"], 4),
             _behind(each["behind"]),
             each["verdict"],

@@ -212,6 +212,36 @@ def test_a_precision_is_refused_in_one_line_or_not_at_all(backend: Backend, prec
     assert precision != "fp32" or reason is None
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_computed_instead_is_one_sentence_without_a_full_stop(
+    backend: Backend, precision: str
+) -> None:
+    instead = backend.widens(precision)
+    if instead is not None:
+        assert precision != "fp32"
+        assert backend.refuses(precision) is None
+        assert f" computes {precision} in float32" in instead
+        assert re.fullmatch(r"[A-Z].*[^.\s]", instead)
+
+
+def test_onnx_runtime_computes_fp16_in_float32_on_a_cpu_as_it_says(
+    program: Program, onnx_file: Artifact, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert get("onnxruntime").widens("fp16") == "ONNX Runtime computes fp16 in float32 on a CPU"
+    assert get("onnxruntime-cuda").widens("fp16") is None
+    path = tmp_path / "fp16.onnx"
+    in_precision(program, onnx_file, "fp16", path)
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "ran.onnx")
+    settings.log_severity_level = 4  # a file that is for this machine alone is warned of
+    onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    for file, dtype in ((path, "FLOAT16"), (tmp_path / "ran.onnx", "FLOAT")):
+        weights = [each for each in onnx.load(file).graph.initializer if len(each.dims) > 1]
+        kinds = {onnx.TensorProto.DataType.Name(each.data_type) for each in weights}
+        assert kinds == {dtype}, file.name
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
 def test_a_precision_that_is_not_refused_runs_and_another_does_not(
     runnable: Backend, program: Program, onnx_file: Artifact, tmp_path: Path, precision: str

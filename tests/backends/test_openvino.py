@@ -15,8 +15,10 @@ import torch
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
 
-from optfuse.backends.openvino import BACKEND, ELEMENT_TYPES  # noqa: E402
+from optfuse.backends import openvino as module  # noqa: E402
+from optfuse.backends.openvino import BACKEND, ELEMENT_TYPES, INT8_SCHEME  # noqa: E402
 from optfuse.errors import EngineError  # noqa: E402
+from optfuse.precision.int8 import SCHEME, SCHEMES  # noqa: E402
 from optfuse.stages import Artifact, BuildOptions, Program  # noqa: E402
 
 here = pytest.mark.skipif(
@@ -172,6 +174,89 @@ def test_another_device_than_the_cpu_is_an_error_and_no_fall_back(
     monkeypatch.setattr(sys.modules["openvino"], "Core", Core)
     with pytest.raises(EngineError, match="CPU was asked for and TEMPLATE would run it"):
         BACKEND.open(example, BuildOptions())
+
+
+# --- Precisions
+
+
+def convolution(path: Path, element_type: int) -> Artifact:
+    weight = helper.make_tensor("w", element_type, [4, 3, 3, 3], [0.25, -1.5, 3.0] * 36)
+    give = helper.make_node("Constant", [], ["w"], value=weight)
+    return saved(
+        path,
+        [give, helper.make_node("Conv", ["x", "w"], ["y"])],
+        [helper.make_tensor_value_info("x", element_type, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", element_type, [1, 4, 6, 6])],
+    )
+
+
+@here
+@pytest.mark.parametrize(
+    ("precision", "element_type", "own"),
+    [
+        ("fp32", TensorProto.FLOAT, "f32"),
+        ("fp16", TensorProto.FLOAT16, "f16"),
+        ("bf16", TensorProto.BFLOAT16, "bf16"),
+    ],
+)
+def test_what_it_says_to_widen_ran_in_float32_and_the_rest_as_it_is(
+    tmp_path: Path, precision: str, element_type: int, own: str
+) -> None:
+    with BACKEND.open(convolution(tmp_path / "model.onnx", element_type), BuildOptions()) as found:
+        layers = [each.get_rt_info() for each in found._compiled.get_runtime_model().get_ops()]
+    [ran] = [
+        each["runtimePrecision"].astype(str)
+        for each in layers
+        if each["layerType"].astype(str) == "Convolution"
+    ]
+    assert ran == (own if BACKEND.widens(precision) is None else "f32")
+
+
+@pytest.mark.parametrize("known", [[], ["FP32", "INT8"], ["FP32", "BF16"]])
+def test_bf16_is_widened_where_the_cpu_plugin_does_not_name_it(
+    monkeypatch: pytest.MonkeyPatch, known: list[str]
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: object())
+    monkeypatch.setattr(module, "_capabilities", lambda: known)
+    said = None if "BF16" in known else "OpenVINO computes bf16 in float32 on this CPU"
+    assert BACKEND.widens("bf16") == said
+    assert BACKEND.widens("fp32") is BACKEND.widens("int8") is None
+
+
+def test_nothing_is_asked_of_a_package_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    assert BACKEND.widens("bf16") is None
+    assert BACKEND.widens("fp16") == "OpenVINO computes fp16 in float32"
+
+
+def signed(artifact: Artifact, scheme: str) -> Artifact:
+    model = onnx.load(artifact.path)
+    helper.set_model_props(model, {"other": "left alone", SCHEME: scheme})
+    onnx.save(model, artifact.path)
+    return artifact
+
+
+def test_the_key_in_the_metadata_is_the_one_that_is_written() -> None:
+    assert INT8_SCHEME == SCHEME
+    assert "openvino" in SCHEMES
+
+
+@here
+@pytest.mark.parametrize("scheme", [*(SCHEMES.keys() - {"openvino"}), "of a later version"])
+def test_int8_for_another_engine_is_refused_before_anything_is_compiled(
+    example: Artifact, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    with BACKEND.open(signed(example, "openvino"), BuildOptions()) as session:
+        assert session.inputs == ("x",)
+    monkeypatch.setattr(sys.modules["openvino"], "Core", None)
+    with pytest.raises(EngineError) as caught:
+        BACKEND.open(signed(example, scheme), BuildOptions())
+    assert str(caught.value) == (
+        f"The engine 'openvino' cannot open '{example.path}'. Its int8 was written for {scheme}, "
+        "and OpenVINO crashes on some such files and computes others wrongly. Give --engine "
+        "openvino when optimizing, or use model.openvino.onnx where that is beside it."
+    )
+    assert caught.value.exit_code == 4
 
 
 # --- Manners
