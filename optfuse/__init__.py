@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from optfuse.errors import OptfuseError
     from optfuse.export import export, export_baseline
     from optfuse.load import load
+    from optfuse.lower import Plan, lower
     from optfuse.measure import measure
     from optfuse.optimize import optimize, select
     from optfuse.pipeline import Request, run
     from optfuse.stages import (
         Artifact,
         BuildOptions,
+        Dimension,
         Drift,
         InputSpec,
         LoadedModel,
@@ -50,6 +52,8 @@ _HOMES = {
     "export": "export",
     "export_baseline": "export",
     "load": "load",
+    "Plan": "lower",
+    "lower": "lower",
     "measure": "measure",
     "optimize": "optimize",
     "select": "optimize",
@@ -59,6 +63,7 @@ _HOMES = {
         (
             "Artifact",
             "BuildOptions",
+            "Dimension",
             "Drift",
             "InputSpec",
             "LoadedModel",
@@ -74,11 +79,13 @@ _HOMES = {
 __all__ = [
     "Artifact",
     "BuildOptions",
+    "Dimension",
     "Drift",
     "InputSpec",
     "LoadedModel",
     "Measurement",
     "OptfuseError",
+    "Plan",
     "Program",
     "Report",
     "Request",
@@ -89,6 +96,7 @@ __all__ = [
     "export",
     "export_baseline",
     "load",
+    "lower",
     "measure",
     "optimize",
     "run",

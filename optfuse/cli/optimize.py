@@ -28,6 +28,9 @@ from optfuse.cli.options import (
     split,
 )
 
+ENGINES, PRECISION = "Engines", "Precision"
+"""Headings of the help."""
+
 
 @app.command()
 @reporting
@@ -45,6 +48,7 @@ def optimize(
             help="An engine to build and measure on. Repeat it for several. By default every "
             "engine that works here and needs no minutes to compile; auto takes these as well, "
             "and recommends one. See 'optfuse engines'.",
+            rich_help_panel=ENGINES,
         ),
     ] = None,
     target: Annotated[
@@ -53,6 +57,7 @@ def optimize(
             metavar="sm_NN",
             help="A compute capability to build TensorRT-RTX engines for, with or without a GPU "
             "here, e.g. sm_89. Repeat it for several.",
+            rich_help_panel=ENGINES,
         ),
     ] = None,
     output: Annotated[
@@ -62,23 +67,26 @@ def optimize(
     precision: Annotated[
         str,
         typer.Option(
-            metavar="fp32|fp16|bf16|int8|mixed",
-            help="Of the layers. mixed keeps those in float32 that drift too much in "
-            "--low-precision, see --max-drift.",
+            metavar="NAME",
+            help="Of the layers: fp32, fp16, bf16, int8, or mixed, which keeps those in float32 "
+            "that drift too much in --low-precision, see --max-drift.",
+            rich_help_panel=PRECISION,
         ),
     ] = "fp32",
     io_precision: Annotated[
         str,
         typer.Option(
-            metavar="fp32|fp16|bf16",
-            help="Of the inputs and outputs that are float32 in the model.",
+            metavar="NAME",
+            help="Of the inputs and outputs that are float32 in the model: fp32, fp16 or bf16.",
+            rich_help_panel=PRECISION,
         ),
     ] = "fp32",
     low_precision: Annotated[
         str | None,
         typer.Option(
-            metavar="fp16|bf16|int8",
-            help="Of the low layers of --precision mixed.",
+            metavar="NAME",
+            help="Of the low layers of --precision mixed: fp16, bf16 or int8.",
+            rich_help_panel=PRECISION,
             show_default="int8 with --data, else fp16",
         ),
     ] = None,
@@ -88,6 +96,7 @@ def optimize(
             metavar="X",
             help="Of --precision mixed: the relative L2 distance to float64 that the outputs stay "
             "within.",
+            rich_help_panel=PRECISION,
         ),
     ] = None,
     data: Annotated[
@@ -96,6 +105,7 @@ def optimize(
             metavar="FILE",
             help="Your own inputs, .npz, .npy or .safetensors: half of them calibrate int8, and "
             "drift is taken on the others.",
+            rich_help_panel=PRECISION,
         ),
     ] = None,
     random_calibration: Annotated[
@@ -104,6 +114,7 @@ def optimize(
             "--random-calibration",
             help="Calibrate int8 on random inputs: for latency alone, the outputs are worth "
             "little.",
+            rich_help_panel=PRECISION,
         ),
     ] = False,
     version_compatible: Annotated[
@@ -111,6 +122,7 @@ def optimize(
         typer.Option(
             "--version-compatible",
             help="Build TensorRT engines that later versions of the package load, too.",
+            rich_help_panel=ENGINES,
         ),
     ] = False,
     hardware_compatible: Annotated[
@@ -118,6 +130,7 @@ def optimize(
         typer.Option(
             "--hardware-compatible",
             help="Build TensorRT engines that GPUs of later architectures run, too.",
+            rich_help_panel=ENGINES,
         ),
     ] = False,
     output_name: Annotated[
