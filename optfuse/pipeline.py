@@ -39,6 +39,7 @@ from optfuse.samples import Wanted, read_samples, require_finite
 from optfuse.stages import (
     Artifact,
     BuildOptions,
+    Caveat,
     Dimension,
     InputShapes,
     InputSpec,
@@ -145,6 +146,7 @@ def _run(
         pass  # the folder can be written to: said now rather than after minutes of work
     parameter_bytes = _parameter_bytes(model)
     found = Findings(output, not_measured=list(left_out))
+    found.warnings += _widened(engines, request.plan)
 
     with memory.freed_at_once(is_large(parameter_bytes)):
         notify(f"Capturing {model.name} with torch.export", None)
@@ -288,6 +290,21 @@ def _weights(*exported: Artifact) -> list[Artifact]:
             size_bytes = path.stat().st_size
             found.append(Artifact(path, "weights", sha256(path), size_bytes, artifact.variant))
     return found
+
+
+def _widened(engines: Sequence[Backend], plan: Plan) -> list[Caveat]:
+    """A caveat for each engine that computes in a higher precision than it is given."""
+    return [
+        Caveat(
+            kind="widened",
+            about=engine.name,
+            finding=reason,
+            cause=f"It has no kernels in {plan.lowest} here",
+            next_step="Expect a smaller file and no speed from it, or choose another --precision",
+        )
+        for engine in engines
+        if (reason := engine.widens(plan.lowest)) is not None
+    ]
 
 
 def _with_data(request: Request, captured: Program) -> Plan:

@@ -241,7 +241,7 @@ def _subjects(what: str, engine: str | None, source: Source) -> list[Subject]:
                 f"The folder holds neither of {' and '.join(_IN_FOLDER)}",
                 "Give a folder that 'optfuse optimize' wrote, or a file",
             )
-        return [_file(each, str(each), engine) for each in found]
+        return [_file(_for_engine(each, engine), str(each), engine) for each in found]
     if path.suffix in (".onnx", ".engine"):
         return [_file(path, what, engine)]
     if ":" not in what:
@@ -256,6 +256,14 @@ def _subjects(what: str, engine: str | None, source: Source) -> list[Subject]:
     place, _, name = what.rpartition(":")
     short = Path(place).stem if place.endswith(".py") else name
     return [Subject(what, "source", short, engine or DEFAULT_ENGINE["source"], source=source)]
+
+
+def _for_engine(path: Path, engine: str | None) -> Path:
+    """The file beside it that was written for an engine, where there is one: `model.openvino.onnx`.
+    In int8 no file suits every engine."""
+    family = "tensorrt" if "tensorrt" in (engine or "") else engine
+    own = path.with_suffix(f".{family}{path.suffix}")
+    return own if own.is_file() else path
 
 
 def _file(path: Path, text: str, engine: str | None) -> Subject:

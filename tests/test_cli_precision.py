@@ -80,6 +80,8 @@ def test_fp16_has_its_inputs_too_where_that_is_asked(tmp_path: Path) -> None:
     document = optimized(tmp_path, "--precision", "fp16", "--io-precision", "fp16")
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+    [widened] = [each for each in document["warnings"] if each["kind"] == "widened"]
+    assert widened["finding"] == "ONNX Runtime computes fp16 in float32 on a CPU"
     # 11 bits of mantissa: 5e-4 a rounding, and 20 layers of it.
     assert 1e-5 < document["drift"][1]["relative_l2"] < 1e-2
 

@@ -383,3 +383,17 @@ def test_an_engine_that_cannot_open_it_says_so(folder: Path) -> None:
     thing = opened_by(subject("out/model.onnx@torch"), folder)
     with pytest.raises(EngineError, match="Open the file with the engine 'onnxruntime'"):
         backends.get("torch").open(thing, BuildOptions())
+
+
+def test_a_folder_gives_an_engine_the_file_that_was_written_for_it(tmp_path: Path) -> None:
+    for name in ("baseline.onnx", "model.onnx", "model.openvino.onnx", "model.tensorrt.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    chosen = {
+        engine: [each.path.name for each in parse_subjects([f"{tmp_path}@{engine}"]) if each.path]
+        for engine in ("onnxruntime", "openvino", "tensorrt-rtx")
+    }
+    assert chosen == {
+        "onnxruntime": ["baseline.onnx", "model.onnx"],
+        "openvino": ["baseline.onnx", "model.openvino.onnx"],
+        "tensorrt-rtx": ["baseline.onnx", "model.tensorrt.onnx"],
+    }

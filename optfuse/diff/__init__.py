@@ -218,7 +218,7 @@ def _wanted(first: Program | Artifact, request: DiffRequest) -> list[Wanted]:
         both = zip(nodes, leaves, strict=True)
         names = [str(node.target) for node, leaf in both if isinstance(leaf, torch.Tensor)]
     else:
-        names = [spec.name or f"input_{index}" for index, spec in enumerate(request.inputs)]
+        names = list(first.input_names)
     return [
         Wanted(name, _dtype(example), tuple(example.shape))
         for name, example in zip(names, examples, strict=True)

@@ -258,7 +258,7 @@ def test_onnx_runtime_computes_in_int8(
     backends.get("openvino").unavailable() is not None,
     reason=str(backends.get("openvino").unavailable()),
 )
-@every_scheme
+@pytest.mark.parametrize("scheme", ["openvino"])
 def test_openvino_computes_in_int8(
     exported: Artifact, ranges: Ranges, scheme: str, tmp_path: Path
 ) -> None:
