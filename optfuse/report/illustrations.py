@@ -13,6 +13,7 @@ from typing import Any
 
 from optfuse.report import plots, rows
 from optfuse.report.frames import Line
+from optfuse.report.precision import CURVE
 from optfuse.report.table import Document, decimals, distance, printable, significant, times
 
 _ALIKE = 1.6
@@ -94,6 +95,7 @@ def _of_optimize(document: Document, sketch: Sketch) -> Iterator[Illustration]:
     for label in dict.fromkeys(rows.placed(row["engine"], row) for row in document["latency"]):
         measured = [row for row in document["latency"] if rows.placed(row["engine"], row) == label]
         yield _distributions(measured, label, sketch)
+    yield from _mixtures(document, sketch)
     if document["layers"] is not None:
         yield from _of_layers(document["layers"], rows.LAYERS, sketch)
 
@@ -190,6 +192,49 @@ def _best_alone(own: Sequence[Mapping[str, Any]], engine: str) -> str:
         return f"On {engine} no pass alone is faster than the export as it comes."
     best = max(faster, key=lambda row: float(row["ratio"]))
     return f"On {engine} {best['pass']} alone earns most, {times(best['ratio'], decimals(best))}."
+
+
+def _mixtures(document: Document, sketch: Sketch) -> Iterator[Illustration]:
+    """The mixtures of precisions that were tried, where one was searched for."""
+    found = document.get("precision")
+    if not found or not found["curve"]:
+        return
+    points = [
+        plots.Mixture(
+            point["share"],
+            point["relative_l2"],
+            point["ratio"],
+            point["within"],
+            f"chosen: {point['low']} of {found['layers']}" if point["chosen"] else "",
+        )
+        for point in found["curve"]
+    ]
+    reading = (
+        "Each point is a set of layers that was measured, the least sensitive layers first; the "
+        "ring is what was chosen."
+    )
+    if any(point.drift == 0 for point in points):
+        reading += " A drift of zero has no place on this scale and stands below all others."
+    if any(point.ratio is not None for point in points):
+        where = f" on {found['timed_on']}" if found["timed_on"] else ""
+        reading += f" Below, the speed of those that were timed{where}."
+    draw = partial(plots.mixtures, points=points, limit=found["max_drift"], low=found["low"])
+    yield sketch.draw(CURVE, "Drift of mixed precisions", _staying(found), reading, draw)
+
+
+def _staying(found: Mapping[str, Any]) -> str:
+    """How many layers can be low within the limit, and what the drift is with all of them low."""
+    layers, low, limit = found["layers"], found["low"], f"{found['max_drift']:g}"
+    every = max(found["curve"], key=lambda point: int(point["low"]))["relative_l2"]
+    drift = "infinite" if every is None else distance(every)
+    most = max((point["low"] for point in found["curve"] if point["within"]), default=0)
+    if most == layers:
+        return f"With {most} of {layers} layers in {low} the drift is {drift}, within {limit}."
+    if not most:
+        tried = f"No set of layers in {low} that was tried stays within {limit}"
+        return f"{tried}; with all {layers} the drift is {drift}."
+    within = f"With {most} of {layers} layers in {low} the drift stays within {limit}"
+    return f"{within}; with all {layers} it is {drift}."
 
 
 def _of_bench(document: Document, sketch: Sketch) -> Iterator[Illustration]:

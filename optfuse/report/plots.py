@@ -47,6 +47,13 @@ _MOST_MARKS = 200
 _COLORS = (svg.OURS, svg.SECOND, svg.THIRD, svg.THEIRS)
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
+_STANDINGS = {
+    "within it": ("o", svg.OURS, svg.OURS),
+    "beyond it": ("o", svg.ALARM, svg.PAPER),
+    "infinite": ("^", svg.ALARM, svg.ALARM),
+}
+"""How a drift stands to its limit -> marker, color, and what it is filled with."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -97,6 +104,30 @@ class Runs:
     label: str
     samples_ms: Sequence[float]
     ours: bool = False
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A set of layers in low precision, as it was measured.
+
+    Attributes:
+        share: of all layers, from 0 to 1.
+        drift: relative L2, not negative; None where it is infinite.
+        ratio: how many times as fast as with no layer low; None where it was not timed.
+        within: whether the drift is within the limit.
+        name: where it is the chosen one; empty for all others.
+    """
+
+    share: float
+    drift: float | None
+    ratio: float | None
+    within: bool
+    name: str = ""
+
+    @property
+    def standing(self) -> str:
+        """One of `_STANDINGS`."""
+        return "within it" if self.within else "infinite" if self.drift is None else "beyond it"
 
 
 def waterfall(
@@ -213,12 +244,7 @@ def layers(
     top = 14 + legend_height((*labels, *(["infinite"] if endless else [])), width - 90)
     figure = svg.figure(width, top + 290)
     axes = placed(figure, 70, top, width - 90, 240)
-    # A logarithmic axis has no place for 0, and none beyond what a number can hold.
-    positive = [min(max(value, 1e-300), 1e300) for value in (*ours, *own) if value]
-    floor = min(positive, default=1e-8) / 4
-    ceiling = max(positive, default=1e-6) * 4
-    axes.set_yscale("log")
-    axes.set_ylim(floor, ceiling)
+    floor, ceiling = _logarithmic(axes, (*ours, *own))
     axes.set_xlim(-0.5, max(len(names) - 0.5, 0.5))
     places = range(len(names))
     # Where the two are the same, the wider one shows behind the other.
@@ -247,6 +273,49 @@ def layers(
     log_axis(axes)
     name_places(axes, names, width)
     legend(axes)
+    return figure
+
+
+def mixtures(width: float, points: Sequence[Mixture], limit: float, low: str) -> Figure:
+    """The drift of mixed precisions over the share of layers that are low, on a logarithmic scale,
+    and below it how fast those are that were timed.
+
+    Args:
+        width: CSS pixels.
+        points: by their shares, at least one.
+        limit: of the drift, relative L2.
+        low: the low precision.
+    """
+    timed = [point for point in points if point.ratio is not None]
+    standings = {point.standing for point in points}
+    entries = [f"limit {limit:g}", *(each for each in _STANDINGS if each in standings)]
+    room, high, gap, low_panel = width - 90, 240.0, 48.0, 130.0
+    top = 24 + legend_height(entries, room)
+    figure = svg.figure(width, top + high + (gap + low_panel if timed else 0) + 50)
+    axes = placed(figure, 70, top, room, high)
+    floor, ceiling = _logarithmic(axes, [limit, *(point.drift for point in points)])
+    # Below the lowest point there is room for its name, and above the highest.
+    axes.set_ylim(floor / (ceiling / floor) ** 0.15, ceiling * (ceiling / floor) ** 0.08)
+    drifts = [
+        ceiling if point.drift is None else min(max(point.drift, floor), ceiling)
+        for point in points
+    ]
+    axes.axhline(limit, color=svg.INK, linewidth=1.4, linestyle=(0, (5, 3)), label=entries[0])
+    _mixtures(axes, points, drifts)
+    for point, drift in zip(points, drifts, strict=True):
+        if point.name:
+            _name_mixture(axes, point, drift, room)
+    log_axis(axes)
+    legend(axes)
+    _head(axes, "drift, relative L2", top - 20)
+    if timed:
+        axes.set_xticks([])
+        axes = placed(figure, 70, top + high + gap, room, low_panel)
+        axes.axhline(1, color=svg.MUTED, linewidth=1, zorder=1)
+        _mixtures(axes, timed, [point.ratio or math.nan for point in timed])
+        value_axis(axes, "{x:g}x")
+        _head(axes, f"times as fast as with none in {low}", 10)
+    number_axis(axes, f"% of the layers in {low}")
     return figure
 
 
@@ -373,12 +442,66 @@ def _series(axes: Axes, places: Iterable[float], lines: Sequence[Line]) -> None:
             )  # fmt: skip
 
 
-def _ring(axes: Axes, place: int, value: float, name: str) -> None:
-    """Mark one point and name it, on the side where there is room."""
+def _logarithmic(axes: Axes, values: Iterable[float | None]) -> tuple[float, float]:
+    """Make the vertical axis logarithmic, with room around the values, and give its ends."""
+    # It has no place for 0, and the ratio of its ends is a number that can be held.
+    positive = [min(max(value, 1e-150), 1e150) for value in values if value]
+    floor = min(positive, default=1e-8) / 4
+    ceiling = max(positive, default=1e-6) * 4
+    axes.set_yscale("log")
+    axes.set_ylim(floor, ceiling)
+    return floor, ceiling
+
+
+def _mixtures(axes: Axes, points: Sequence[Mixture], heights: Sequence[float]) -> None:
+    """Points over their shares in percent, joined by a line, with a ring around the chosen one."""
+    places = [100 * point.share for point in points]
+    axes.plot(places, heights, color=svg.THEIRS, linewidth=1.4, clip_on=False)
+    for standing, (marker, color, filling) in _STANDINGS.items():
+        shown = [
+            at
+            for *at, point in zip(places, heights, points, strict=True)
+            if point.standing == standing
+        ]
+        if shown:
+            axes.plot(
+                *zip(*shown, strict=True), color=color, linestyle="none", marker=marker,
+                markersize=8, markerfacecolor=filling, markeredgewidth=1.8, clip_on=False,
+                label=standing, zorder=3,
+            )  # fmt: skip
+    for place, height, point in zip(places, heights, points, strict=True):
+        if point.name:
+            _circle(axes, place, height, svg.INK)
+    axes.set_xlim(-3, 103)
+
+
+def _name_mixture(axes: Axes, point: Mixture, height: float, room: float) -> None:
+    """Name a point of a line that rises: below it to the right if the name fits into what `room`
+    CSS pixels leave there, else above it to the left."""
+    fits = 14 + len(point.name) * CHARACTER < (1 - point.share) * room
+    axes.annotate(
+        point.name, (100 * point.share, height), (14, -20) if fits else (6, 20),
+        textcoords="offset points", ha="left" if fits else "right", va="center", color=svg.INK,
+        fontweight="bold", annotation_clip=False,
+        bbox={"facecolor": svg.PAPER, "edgecolor": "none", "pad": 1.0},
+    )  # fmt: skip
+
+
+def _head(axes: Axes, text: str, rise: float) -> None:
+    """Say above the axes what they show."""
+    axes.set_title(text, loc="left", pad=rise, color=svg.MUTED, fontsize=svg.FONT_SIZE)
+
+
+def _circle(axes: Axes, place: float, value: float, color: str) -> None:
     axes.plot(
-        [place], [value], marker="o", markersize=15, markerfacecolor="none", color=svg.ALARM,
+        [place], [value], marker="o", markersize=15, markerfacecolor="none", color=color,
         markeredgewidth=2.2, clip_on=False,
     )  # fmt: skip
+
+
+def _ring(axes: Axes, place: int, value: float, name: str) -> None:
+    """Mark one point and name it, on the side where there is room."""
+    _circle(axes, place, value, svg.ALARM)
     left, right = axes.get_xlim()
     # An error that grows comes from the lower left: above it there is room, if the name fits.
     early = place - left < (right - left) * 0.3

@@ -93,6 +93,55 @@ def illustrated_report(**changes: Any) -> Report:
     )
 
 
+POINTS = (
+    (0, 3.5e-7, 1.0),
+    (2, 7.4e-4, 1.08),
+    (5, 2.5e-3, 1.17),
+    (7, 3.8e-3, 1.33),
+    (8, 4.7e-3, None),
+    (15, 8.8e-3, None),
+)
+"""How many layers are low, the drift, and how many times as fast as with none."""
+
+
+def mixture(
+    points: Sequence[tuple[int, float | None, float | None]] = POINTS,
+    chosen: int = 7,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What a report says of 15 layers that a search has parted, with a limit of 0.004."""
+    limit = changes.get("max_drift", 0.004)
+    return {
+        "asked": "mixed",
+        "low": "bf16",
+        "io": "fp32",
+        "layers": 15,
+        "low_layers": chosen,
+        "calibration": "",
+        "max_drift": limit,
+        "timed_on": "openvino",
+        "reason": "It is the fastest.",
+        "curve": [
+            {
+                "low": low,
+                "share": low / 15,
+                "relative_l2": drift,
+                "ratio": ratio,
+                "within": drift is not None and drift <= limit,
+                "chosen": low == chosen,
+            }
+            for low, drift, ratio in points
+        ],
+        "sensitivities": [],
+        **changes,
+    }
+
+
+def mixed_report(**changes: Any) -> Report:
+    """The full run of `example`, in a mixture of precisions, with some of `mixture` changed."""
+    return full_report(precision=mixture(**changes))
+
+
 def bench_report(batches: Sequence[int | None] = (1, 8), **changes: Any) -> Report:
     """Three contenders, one of which could not be run."""
     names = {"net@torch": 31.5, "net@onnxruntime": 12.0, "net.onnx@onnxruntime": 12.5}

@@ -15,7 +15,13 @@ from PIL import Image
 from optfuse.report import document
 from optfuse.stats import Ratio
 from tests.report.example import hostile_report
-from tests.report.pages import bench_report, diff_report, history, illustrated_report
+from tests.report.pages import (
+    bench_report,
+    diff_report,
+    history,
+    illustrated_report,
+    mixed_report,
+)
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -34,6 +40,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "hostile": lambda: document.render(hostile_report()),
     "diff": lambda: document.render(diff_report()),
     "bench": lambda: document.render(bench_report()),
+    "mixed": lambda: document.render(mixed_report()),
     "compared": lambda: document.render_comparison(
         history([Ratio(1.02, 1.01, 1.03), Ratio(1.05, 1.04, 1.06)])
     ),

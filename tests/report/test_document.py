@@ -8,10 +8,20 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
-from optfuse.report import comparison, document, illustrations, kinds, rows, schema, svg
+from optfuse.report import (
+    comparison,
+    document,
+    illustrations,
+    kinds,
+    precision,
+    rows,
+    schema,
+    svg,
+)
 from optfuse.report.illustrations import Illustration
 from optfuse.report.schema import Comparison
 from optfuse.stages import Report, Step
@@ -24,6 +34,7 @@ from tests.report.pages import (
     history,
     illustrated_report,
     layers,
+    mixed_report,
 )
 
 VOID = {"meta", "br", "link", "wbr"}
@@ -261,6 +272,7 @@ def test_a_long_table_is_folded_up_below_what_matters() -> None:
             ],
         ),
         (empty_report, []),
+        (mixed_report, ["Passes", "Speed-up", "Speed-up", "Latency", "Latency", precision.CURVE]),
         (diff_report, ["Layers of net optimized@torch"]),
         (
             bench_report,
@@ -339,6 +351,80 @@ def test_no_pass_that_earns_anything_is_said_so() -> None:
     findings = [each.finding for each in illustrations.of(report.document)]
 
     assert "On onnxruntime no pass alone is faster than the export as it comes." in findings
+
+
+def mixtures(report: Report) -> list[Illustration]:
+    drawn = illustrations.of(report.document)
+    return [each for each in drawn if each.section == precision.CURVE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        (
+            {},
+            "With 7 of 15 layers in bf16 the drift stays within 0.004; with all 15 it is 8.8e-03.",
+        ),
+        # What was chosen may be less than what the limit allows.
+        (
+            {"chosen": 0, "low": "int8"},
+            "With 7 of 15 layers in int8 the drift stays within 0.004; with all 15 it is 8.8e-03.",
+        ),
+        ({"max_drift": 0.01}, "With 15 of 15 layers in bf16 the drift is 8.8e-03, within 0.01."),
+        (
+            {"max_drift": 1e-4, "chosen": 0},
+            "No set of layers in bf16 that was tried stays within 0.0001; with all 15 the drift "
+            "is 8.8e-03.",
+        ),
+        # Not even float32 is that exact.
+        (
+            {"max_drift": 1e-9, "chosen": 0},
+            "No set of layers in bf16 that was tried stays within 1e-09; with all 15 the drift "
+            "is 8.8e-03.",
+        ),
+        (
+            {"points": [(0, 3e-7, 1.0), (7, 1e-3, 1.2), (15, None, None)]},
+            "With 7 of 15 layers in bf16 the drift stays within 0.004; with all 15 it is infinite.",
+        ),
+    ],
+)
+def test_the_caption_of_mixtures_says_how_many_layers_stay_within_the_limit(
+    changes: dict[str, Any], finding: str
+) -> None:
+    [drawn] = mixtures(mixed_report(**changes))
+
+    assert drawn.finding == finding
+
+
+@pytest.mark.parametrize("ratio", [None, 1.25])
+@pytest.mark.parametrize("drift", [0.0, 3e-7])
+def test_the_reading_of_mixtures_says_no_more_than_is_drawn(
+    drift: float, ratio: float | None
+) -> None:
+    [drawn] = mixtures(mixed_report(points=[(0, drift, ratio), (15, 8.8e-3, None)], chosen=0))
+
+    assert ("zero" in drawn.reading) is (drift == 0)
+    assert ("timed on openvino" in drawn.reading) is (ratio is not None)
+    for text in (drawn.wide, drawn.narrow):
+        assert ("times as fast as with none in bf16" in text) is (ratio is not None)
+        assert "chosen: 0 of 15" in text
+
+
+def test_without_a_curve_no_mixtures_are_drawn() -> None:
+    old = full_report().document
+    without = {key: value for key, value in old.items() if key != "precision"}
+
+    assert mixtures(mixed_report(curve=[])) == []
+    assert mixtures(full_report()) == []
+    # A report of a version that knew nothing of it.
+    assert precision.CURVE not in [each.section for each in illustrations.of(without)]
+
+
+def test_the_name_of_an_engine_that_timed_mixtures_is_text() -> None:
+    [drawn] = mixtures(mixed_report(timed_on="a\n<b>"))
+
+    assert "timed on a\\n<b>." in drawn.reading
+    assert "timed on a\\n&lt;b&gt;." in document.render(mixed_report(timed_on="a\n<b>"))
 
 
 def test_without_a_suspect_no_layer_is_blamed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from xml.etree import ElementTree
@@ -12,12 +13,20 @@ import pytest
 
 from optfuse.report import plots, svg
 from optfuse.report.frames import Line, shortened
-from optfuse.report.plots import NARROW, WIDE, Gain, Row, Runs, Stage
+from optfuse.report.plots import NARROW, WIDE, Gain, Mixture, Row, Runs, Stage
 from tests.report.example import HOSTILE_NAMES
 
 NAMES = [f"layer_{place}" for place in range(40)]
 ERRORS: list[float | None] = [1e-7 * (place + 1) for place in range(40)]
 BANDS = [Gain(1.02, 1.01, 1.03, 1.005, "1.02x"), Gain(0.97, 0.96, 0.98, 1.005, "0.97x", True)]
+MIXTURES = [
+    Mixture(0.0, 3.5e-7, 1.0, within=True),
+    Mixture(0.2, 7.4e-4, 1.08, within=True),
+    Mixture(0.4, 3.8e-3, 1.33, within=True, name="chosen: 6 of 15"),
+    Mixture(0.4, 3.9e-3, None, within=True),
+    Mixture(0.6, 4.7e-3, None, within=False),
+    Mixture(1.0, 8.8e-3, None, within=False),
+]
 
 EVERY: dict[str, Callable[[float], Any]] = {
     "waterfall": partial(
@@ -54,6 +63,22 @@ EVERY: dict[str, Callable[[float], Any]] = {
         ],
         speedup=Line("speed-up", [1.02, 1.03], [1.01, None], [1.03, None], "ours"),
         floors=[1.004, 1.0],
+    ),
+    "mixtures": partial(plots.mixtures, points=MIXTURES, limit=0.004, low="bf16"),
+    "untimed mixtures": partial(plots.mixtures, points=MIXTURES[3:], limit=0.004, low="int8"),
+    "exact and endless mixtures": partial(
+        plots.mixtures,
+        points=[
+            Mixture(0.0, 0.0, 1.0, within=True, name="chosen: 0 of 3"),
+            Mixture(1 / 3, 5e-324, 0.0, within=True),
+            Mixture(2 / 3, 1e308, None, within=False),
+            Mixture(1.0, None, None, within=False),
+        ],
+        limit=0.01,
+        low="fp16",
+    ),
+    "one exact mixture": partial(
+        plots.mixtures, points=[Mixture(1.0, 0.0, 1.0, True, "chosen")], limit=1e-9, low="fp16"
     ),
     "sweep": partial(
         plots.sweep,
@@ -286,6 +311,92 @@ def test_an_exact_layer_stands_at_the_bottom_of_the_scale() -> None:
     [axes] = figure(draw).axes
 
     assert list(axes.lines[0].get_ydata()) == [axes.get_ylim()[0], 4e-7]
+
+
+def marked(axes: Any, label: str) -> list[tuple[float, float]]:
+    """Where the points of a label are."""
+    return [
+        (float(x), float(y))
+        for line in axes.lines
+        if line.get_label() == label
+        for x, y in zip(*line.get_data(), strict=True)
+    ]
+
+
+def circled(axes: Any) -> list[tuple[float, float]]:
+    rings = [line for line in axes.lines if line.get_markersize() == 15]
+    return [(ring.get_xdata()[0], ring.get_ydata()[0]) for ring in rings]
+
+
+@every_width
+def test_mixtures_within_the_limit_are_told_from_those_beyond_it(width: float) -> None:
+    upper, lower = figure(EVERY["mixtures"], width).axes
+    limits = [line.get_ydata() for line in upper.lines if line.get_label() == "limit 0.004"]
+    fillings = {line.get_label(): line.get_markerfacecolor() for line in upper.lines}
+
+    assert upper.get_yscale() == "log"
+    assert [list(limit) for limit in limits] == [[0.004, 0.004]]
+    assert marked(upper, "within it") == [(0, 3.5e-7), (20, 7.4e-4), (40, 3.8e-3), (40, 3.9e-3)]
+    assert marked(upper, "beyond it") == [(60, 4.7e-3), (100, 8.8e-3)]
+    # By more than a color, which not everyone sees.
+    assert (fillings["within it"], fillings["beyond it"]) == (svg.OURS, svg.PAPER)
+    assert marked(lower, "within it") == [(0, 1.0), (20, 1.08), (40, 1.33)]
+    assert upper.get_xlim() == lower.get_xlim()
+    assert upper.get_position().x0 == lower.get_position().x0
+    assert upper.get_position().x1 == lower.get_position().x1
+
+
+@every_width
+def test_the_chosen_mixture_has_a_ring_wherever_it_is_drawn_and_a_name(width: float) -> None:
+    upper, lower = figure(EVERY["mixtures"], width).axes
+
+    assert circled(upper) == [(40, 3.8e-3)]
+    assert circled(lower) == [(40, 1.33)]
+    assert [text.get_text() for text in upper.texts] == ["chosen: 6 of 15"]
+
+
+@pytest.mark.parametrize("place", range(len(MIXTURES)))
+@every_width
+def test_the_name_of_a_mixture_stays_inside_and_off_the_points(place: int, width: float) -> None:
+    points = [replace(each, name="") for each in MIXTURES]
+    points[place] = replace(points[place], name="chosen: 15 of 15")
+    drawn = figure(partial(plots.mixtures, points=points, limit=0.004, low="bf16"), width)
+    with svg.drawing():
+        drawn.draw_without_rendering()
+    axes = drawn.axes[0]
+    [box] = [text.get_window_extent() for text in axes.texts]
+    places = axes.transData.transform(
+        [(100 * each.share, each.drift) for each in points if each.drift]
+    )
+
+    assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1
+    assert axes.bbox.y0 <= box.y0
+    assert not box.overlaps(axes.get_legend().get_window_extent())
+    assert not any(box.contains(x, y) for x, y in places)
+
+
+def test_mixtures_that_were_not_timed_have_one_panel() -> None:
+    [axes] = figure(EVERY["untimed mixtures"]).axes
+
+    assert axes.get_xlabel() == "% of the layers in int8"
+    assert len(axes.get_xticks()) > 2
+
+
+def test_a_drift_of_zero_is_the_lowest_and_an_infinite_one_the_highest() -> None:
+    points = [
+        Mixture(0.0, 0.0, None, within=True),
+        Mixture(0.5, 2e-4, None, within=True),
+        Mixture(0.8, 7.0, None, within=False),
+        Mixture(1.0, None, None, within=False),
+    ]
+    [axes] = figure(partial(plots.mixtures, points=points, limit=0.01, low="fp16")).axes
+    [(_, zero), (_, small)] = marked(axes, "within it")
+    [(_, large)] = marked(axes, "beyond it")
+    [(_, endless)] = marked(axes, "infinite")
+    bottom, top = axes.get_ylim()
+
+    assert 0 < bottom < zero < small == 2e-4
+    assert large == 7.0 < endless <= top
 
 
 def test_a_trend_without_ratios_has_one_panel() -> None:
