@@ -42,6 +42,10 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 IO_PRECISIONS = ("fp32", "fp16", "bf16")
 LOW_PRECISIONS = ("fp16", "bf16", "int8")
 
+FEW_SAMPLES = 16
+"""From so many on, ranges are worth something; onnxruntime's and TensorRT's guides speak of a
+hundred or more."""
+
 _KEPT = "the search for a mixture lets it stay in float32"
 
 Samples = Sequence[Sequence[torch.Tensor]]
@@ -123,6 +127,34 @@ class Lowered:
         """The ONNX file that an engine is given."""
         return self.others.get(int8.scheme_of(engine), self.artifact)
 
+    def moved(self, folder: Path) -> Lowered:
+        """The same with its files in another folder."""
+
+        def there(artifact: Artifact) -> Artifact:
+            return replace(artifact, path=folder / artifact.path.name)
+
+        others = {scheme: there(artifact) for scheme, artifact in self.others.items()}
+        return replace(self, artifact=there(self.artifact), others=others)
+
+    @property
+    def caveats(self) -> list[Caveat]:
+        """What makes its figures doubtful."""
+        found = [] if self.caveat is None else [self.caveat]
+        count = len(self.plan.calibration)
+        if self.plan.lowest == "int8" and not self.plan.drawn and count < FEW_SAMPLES:
+            both = ", which drift is taken on as well" if count == 1 else ""
+            found.append(
+                Caveat(
+                    kind="few-samples",
+                    about="int8",
+                    finding=f"Its ranges come from {_counted(count)}{both}",
+                    cause="Values of other inputs may lie beyond them, and are cut off there",
+                    next_step=f"Give at least {2 * FEW_SAMPLES} samples with --data: half of them "
+                    "calibrate",
+                )
+            )
+        return found
+
     @property
     def step(self) -> Step | None:
         """What was done to which layer; None in float32."""
@@ -130,12 +162,26 @@ class Lowered:
         return steps[-1] if steps else None
 
 
-def plan_of(precision: str, *, io: str, low: str, max_drift: float | None) -> Plan:
+def plan_of(
+    precision: str, *, io: str, low: str | None, max_drift: float | None, has_data: bool
+) -> Plan:
     """A plan as the command line has it.
 
+    Args:
+        precision, io, max_drift: as `Plan` has them.
+        low: of a mixture; None for int8 where there is data, else fp16.
+        has_data: there are inputs of the user's own.
+
     Raises:
-        UsageError: there is no precision of a name.
+        UsageError: there is no precision of a name, or a low one without a mixture.
     """
+    if low is not None and precision != "mixed":
+        raise UsageError(
+            f"--low-precision {low} cannot be used like this",
+            f"It is for the low layers of a mixture, and --precision is {precision}",
+            "Leave it out, or give --precision mixed",
+        )
+    low = low or ("int8" if has_data else "fp16")
     for option, name, possible in (
         ("--precision", precision, PRECISIONS),
         ("--io-precision", io, IO_PRECISIONS),
@@ -324,6 +370,8 @@ def _in_floats(work: _Work, path: Path, searching: _Search | None) -> Lowered:
 
     searched, count = None, len(floats.layers(work.program))
     if searching is not None:
+        if not lowering.layers:
+            raise _nothing_low(lowering.program().trace[-1], plan)
         inputs_as = _like(lowering.program())
         samples = [inputs_as(sample) for sample in searching.samples]
         searched = searching.found(
@@ -334,11 +382,27 @@ def _in_floats(work: _Work, path: Path, searching: _Search | None) -> Lowered:
             samples[0],
         )
     program = lowering.program(() if searched is None else searched.choice.high)
+    if searched is None and not program.trace[-1].sites:
+        raise _nothing_low(program.trace[-1], plan)
     if searched is not None:
         program = replace(program, trace=_kept_by_search(program.trace))
         nodes = work.program.graph_module.graph.nodes
         searched = replace(searched, modules={each.name: module_path(each) for each in nodes})
     return Lowered(plan, program, work.exported(program, path), {}, count, searched)
+
+
+def _nothing_low(step: Step, plan: Plan) -> UsageError:
+    """Why no layer can be in a precision, told of the first."""
+    cause = "It has no convolution, linear layer or matrix product"
+    if step.refused:
+        first = step.refused[0]
+        cause = f"Of its layers none can; the first, {first.site}: {first.reason}"
+    other = "Choose --precision bf16, which has the range of float32, or fp32"
+    return UsageError(
+        f"Nothing of the model can be written in {plan.lowest}",
+        cause,
+        other if plan.lowest == "fp16" else "Choose another --precision",
+    )
 
 
 def _in_int8(work: _Work, path: Path, searching: _Search | None) -> Lowered:
@@ -412,8 +476,9 @@ def told(lowered: Lowered) -> dict[str, Any] | None:
         return None
     plan, searched = lowered.plan, lowered.searched
     high = set() if searched is None else set(searched.choice.high)
-    kind = "random inputs" if plan.drawn else "samples of the data"
-    calibrated = f"ranges from {len(plan.calibration)} {kind}" if plan.lowest == "int8" else ""
+    kind = " of random inputs" if plan.drawn else " of the data"
+    ranges = f"ranges from {_counted(len(plan.calibration))}{kind}"
+    calibrated = ranges if plan.lowest == "int8" else ""
     return {
         "asked": plan.precision,
         "low": plan.lowest,
@@ -441,6 +506,10 @@ def told(lowered: Lowered) -> dict[str, Any] | None:
             for each in searched.choice.sensitivities
         ],
     }
+
+
+def _counted(samples: int) -> str:
+    return f"{samples} sample" + ("" if samples == 1 else "s")
 
 
 def _curve(choice: mixed.Choice) -> list[dict[str, Any]]:

@@ -24,18 +24,19 @@ from optfuse.errors import (
 )
 from optfuse.explain import fitting, histories, norms_left, places_elsewhere
 from optfuse.export import data_file, export_baseline
-from optfuse.files import cache_folder, sha256, staged, write_text
+from optfuse.files import cache_folder, sha256, staged, write_text, writing
 from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
 from optfuse.lower import Lowered, Plan, Timing, check, lower, told, with_random_data
+from optfuse.measure import Schedule
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
 from optfuse.precision.trials import float64_outputs, split
 from optfuse.recommend import Recommendation, recommend
 from optfuse.report import markdown, schema
-from optfuse.samples import Wanted, read_samples, require_finite
+from optfuse.samples import Wanted, read_samples, require_file, require_finite
 from optfuse.stages import (
     Artifact,
     BuildOptions,
@@ -123,8 +124,10 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
         OptfuseError: nothing can be reported. An engine that fails only ends its own part: it is
             in `Outcome.failures`, and the report says what was not measured and why.
     """
-    check(request.plan)
+    _check(request)
     engines, left_out = choose(request.engines, request.targets, request.plan.lowest)
+    if request.version_compatible or request.hardware_compatible:
+        _require_a_builder(engines)
     _require_something_to_ablate(request)
     machine = environment(request.threads)  # now, so that its load is not our own
     with torch_threads(request.threads):
@@ -157,34 +160,39 @@ def _run(
         # It takes five runs in step, and has no figure for what a precision costs.
         if not is_large(parameter_bytes) and plan.precision == "fp32":
             found.layers = _layers(captured, faster, request.source.seed, notify)
-        notify("Exporting ONNX as it comes", None)
-        baseline = export_baseline(
-            captured, output / "baseline.onnx", output_names=request.output_names
-        )
-        options = BuildOptions(
-            targets=request.targets,
-            threads=request.threads,
-            cache=cache_folder(),
-            shapes=_profile(baseline, inputs, _usual(captured)),
-            version_compatible=request.version_compatible,
-            hardware_compatible=request.hardware_compatible,
-        )
-        lowered = lower(
-            faster,
-            plan,
-            output / "model.onnx",
-            captured=captured,
-            engines=[engine.name for engine in engines],
-            input_names=baseline.input_names,
-            output_names=baseline.output_names,
-            timing=_timing(engines, options, request.source.seed),
-            threads=request.threads,
-            notify=notify,
-        )
+        # Both files appear together, or none does.
+        with staged(output) as folder:
+            notify("Exporting ONNX as it comes", None)
+            baseline = export_baseline(
+                captured, folder / "baseline.onnx", output_names=request.output_names
+            )
+            options = BuildOptions(
+                targets=request.targets,
+                threads=request.threads,
+                cache=cache_folder(),
+                shapes=_profile(baseline, inputs, _usual(captured)),
+                version_compatible=request.version_compatible,
+                hardware_compatible=request.hardware_compatible,
+            )
+            lowered = lower(
+                faster,
+                plan,
+                folder / "model.onnx",
+                captured=captured,
+                engines=[engine.name for engine in engines],
+                input_names=baseline.input_names,
+                output_names=baseline.output_names,
+                timing=_timing(engines, options, request),
+                threads=request.threads,
+                notify=notify,
+            )
+            _clear(output)
+        baseline, lowered = _moved(baseline, output), lowered.moved(output)
 
     written = [baseline, lowered.artifact, *lowered.others.values()]
     found.artifacts += [*written, *_weights(*written)]
-    found.warnings += [] if lowered.caveat is None else [lowered.caveat]
+    found.warnings += lowered.caveats
+    found.failures += _out_of_reach(lowered, captured.name)
     described = _describe(selected, captured, faster)
     undone = _changed_functions(request, faster)
     trial = Trial(
@@ -292,6 +300,69 @@ def _weights(*exported: Artifact) -> list[Artifact]:
     return found
 
 
+def _check(request: Request) -> None:
+    """Refuse what contradicts itself, before any work is done.
+
+    Raises:
+        UsageError: options that exclude each other, or that something else has to go with.
+        LoadError: there is no such file as --data.
+    """
+    check(request.plan)
+    int8 = request.plan.lowest == "int8"
+    thing = "--random-calibration cannot be used like this"
+    if request.random_calibration and request.data is not None:
+        raise UsageError(thing, "There is --data to calibrate on", "Leave one of them out")
+    if request.random_calibration and not int8:
+        raise UsageError(thing, f"Nothing is calibrated for {request.plan.lowest}", "Leave it out")
+    if int8 and request.data is None and not request.random_calibration:
+        raise UsageError(
+            "The ranges for int8 cannot be taken",
+            "There is no data to take them from",
+            "Give your own inputs with --data, or, for latency alone, --random-calibration",
+        )
+    if request.data is not None:
+        require_file(request.data)
+
+
+def _require_a_builder(engines: Sequence[Backend]) -> None:
+    if not any(engine.builds for engine in engines):
+        raise UsageError(
+            "No engine file can be compatible with others",
+            "None of the engines of this run builds files",
+            "Add --engine tensorrt-rtx, or leave out what asks for compatible engines",
+        )
+
+
+def _clear(output: Path) -> None:
+    """Take away what an earlier run left that would not fit the files that come now."""
+    patterns = ("model.*.onnx", "*.onnx.data", "report.json", "report.md")
+    stale = [each for pattern in patterns for each in output.glob(pattern)]
+    # The description goes first: an engine without it is not opened.
+    engines = sorted((output / "engines").glob("*/*.engine*"), reverse=True)
+    with writing("The results", output):
+        for path in (*stale, *engines):
+            path.unlink(missing_ok=True)
+
+
+def _moved(artifact: Artifact, folder: Path) -> Artifact:
+    return replace(artifact, path=folder / artifact.path.name)
+
+
+def _out_of_reach(lowered: Lowered, name: str) -> list[OptfuseError]:
+    """What is said of a mixture that does not keep to its limit, since not even float32 does."""
+    searched = lowered.searched
+    if searched is None or searched.choice.point.within:
+        return []
+    least = searched.choice.point.relative_l2
+    return [
+        OptfuseError(
+            f"No mixture of '{name}' stays within --max-drift {searched.max_drift:g}",
+            f"Even with every layer in float32 the drift is {least:.2g}",
+            "Raise the limit above that",
+        )
+    ]
+
+
 def _widened(engines: Sequence[Backend], plan: Plan) -> list[Caveat]:
     """A caveat for each engine that computes in a higher precision than it is given."""
     return [
@@ -332,12 +403,13 @@ def _with_data(request: Request, captured: Program) -> Plan:
     return plan
 
 
-def _timing(engines: Sequence[Backend], options: BuildOptions, seed: int) -> Timing | None:
+def _timing(engines: Sequence[Backend], options: BuildOptions, request: Request) -> Timing | None:
     """Where the candidates of a mixture are timed: on the first engine that runs here and has no
-    build step."""
-    for engine in engines:
+    build step; nowhere where no latency is asked for."""
+    for engine in engines if request.duration_seconds > 0 else ():
         if engine.cannot_run() is None and not engine.builds:
-            return Timing(engine.name, options, seed)
+            schedule = Schedule(budget_seconds=request.duration_seconds)
+            return Timing(engine.name, options, request.source.seed, schedule)
     return None
 
 
@@ -505,6 +577,7 @@ def _report(
             "io_precision": plan.io,
             "max_drift": plan.max_drift,
             "data": None if request.data is None else str(request.data),
+            "judged_on": len(plan.judging) if request.data is not None else None,
         },
         inputs=described.inputs,
         dimensions=described.dimensions,

@@ -65,6 +65,24 @@ def read_samples(path: Path, wanted: Sequence[Wanted]) -> list[list[torch.Tensor
     return [[part[index].contiguous() for part in parts] for index in range(number)]
 
 
+def require_file(path: Path) -> None:
+    """Refuse what cannot hold inputs, without reading it.
+
+    Raises:
+        LoadError: there is no such file.
+        UsageError: its name says that it is of another kind.
+    """
+    thing = f"The inputs in '{path}' cannot be read"
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(
+            thing,
+            f"Its name ends in '{path.suffix}', and only {', '.join(SUFFIXES)} are read",
+            "Save the arrays with numpy.savez, and give them the names of the inputs",
+        )
+    if not path.is_file():
+        raise LoadError(thing, "There is no such file", "Check the path")
+
+
 def require_finite(
     path: Path, samples: Sequence[Sequence[torch.Tensor]], wanted: Sequence[Wanted]
 ) -> None:
@@ -85,15 +103,8 @@ def require_finite(
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """The arrays in the file by their names; those of a `.npy` and unnamed ones are `arr_0` ..."""
+    require_file(path)
     thing = f"The inputs in '{path}' cannot be read"
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            thing,
-            f"Its name ends in '{path.suffix}', and only {', '.join(SUFFIXES)} are read",
-            "Save the arrays with numpy.savez, and give them the names of the inputs",
-        )
-    if not path.is_file():
-        raise LoadError(thing, "There is no such file", "Check the path")
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file

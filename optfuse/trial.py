@@ -15,7 +15,7 @@ from optfuse.backends import Backend, Session, TellsLayers
 from optfuse.compare import drift
 from optfuse.diagnose import diagnose
 from optfuse.environment import activity
-from optfuse.errors import EngineError, OptfuseError
+from optfuse.errors import EngineError, OptfuseError, UsageError
 from optfuse.measure import Schedule, measure
 from optfuse.report import schema
 from optfuse.stages import (
@@ -145,15 +145,14 @@ def choose(
 
     Raises:
         EngineError: one that was asked for by name is missing, or has not that precision.
-        UsageError: there is no engine, or no target, of a name.
+        UsageError: there is no engine, or no target, of a name, or nothing that a target is for.
     """
     chosen: list[Backend] = []
     left_out: list[schema.NotMeasured] = []
-    if AUTO in names:
-        every, names = list(backends.BACKENDS), ()
-    else:
-        every = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
-    for name in names or every:
+    asked = [name for name in names if name != AUTO]
+    usual = [name for name in backends.BACKENDS if name not in backends.ONLY_BY_NAME]
+    every = list(backends.BACKENDS) if AUTO in names else asked or usual
+    for name in dict.fromkeys((*asked, *every)):
         backend = backends.get(name)
         missing = backend.unavailable()
         if missing is None and not (backend.builds and targets):
@@ -164,7 +163,7 @@ def choose(
             refused = backend.refuses(precision)
             if refused is None:
                 chosen.append(backend)
-            elif names:
+            elif name in asked:
                 raise EngineError(
                     f"The engine '{name}' cannot run the model in {precision}",
                     refused,
@@ -173,7 +172,7 @@ def choose(
             else:
                 reason = refused[0].lower() + refused[1:] if refused[:3] == "It " else refused
                 left_out.append(schema.NotMeasured(name, "optimized", None, reason))
-        elif names:
+        elif name in asked:
             raise EngineError(
                 f"The engine '{name}' cannot be used here",
                 backend.unavailable() or f"It cannot run: {missing}",
@@ -181,6 +180,12 @@ def choose(
                 if backend.builds and backend.unavailable() is None
                 else "Install what it needs, or choose from what 'optfuse engines' calls ready",
             )
+    if targets and not any(backend.builds for backend in chosen):
+        raise UsageError(
+            f"--target {','.join(targets)} has nothing to build",
+            "None of the engines of this run builds files for a GPU",
+            "Add --engine tensorrt-rtx, or leave --target out",
+        )
     return chosen, left_out
 
 

@@ -60,7 +60,8 @@ def test_int8_is_calibrated_on_half_of_the_data_and_judged_on_the_other(tmp_path
 
 def test_a_mixture_shows_its_curve_and_its_choice(tmp_path: Path) -> None:
     document = optimized(
-        tmp_path, *("--precision", "mixed", "--max-drift", "0.02", "--data", DATA), "--json"
+        tmp_path,
+        *("--precision", "mixed", "--max-drift", "0.02", "--data", DATA, "--duration", "1"),
     )
     told = document["precision"]
     assert (told["low"], told["timed_on"]) == ("int8", "onnxruntime")
@@ -142,8 +143,14 @@ def test_what_a_builder_does_by_itself_is_in_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
+        (["--engine", "auto", "--engine", "nosuch"], 2, ["nosuch"]),
+        (["--target", "sm_89"], 2, ["nothing to build", "tensorrt-rtx"]),
+        (["--hardware-compatible"], 2, ["None of the engines of this run builds files"]),
+        (["--precision", "fp16", "--low-precision", "int8"], 2, ["low layers of a mixture"]),
+        (["--precision", "fp16", "--random-calibration"], 2, ["Nothing is calibrated for fp16"]),
+        (["--precision", "int8", "--random-calibration", "--data", "nan.npz"], 2, ["--data"]),
         (["--precision", "int4"], 2, ["int4", "fp32, fp16, bf16, int8, mixed"]),
-        (["--precision", "int8"], 2, ["no data to take them from", "--data"]),
+        (["--precision", "int8"], 2, ["no data to take them from", "--random-calibration"]),
         (["--precision", "mixed"], 2, ["needs a limit", "--max-drift"]),
         (["--max-drift", "0.1"], 2, ["--precision mixed"]),
         (["--precision", "fp16", "--ablate"], 2, ["--ablate measures passes in float32"]),
@@ -174,6 +181,57 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(
         assert part in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
-    # What was found before the mistake could be seen is whole, or not there.
-    assert not (tmp_path / "out" / "model.onnx").exists()
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert [path.name for path in tmp_path.glob("out/*")] == []
+
+
+def test_a_run_that_fails_leaves_the_earlier_one_and_one_that_works_takes_its_place(
+    tmp_path: Path,
+) -> None:
+    optimized(tmp_path, "--precision", "int8", "--data", DATA, "--engine", "openvino,onnxruntime")
+    stale = tmp_path / "engines" / "tensorrt-rtx" / "sm_89.optimized.engine"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of another model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert tmp_path / "model.onnxruntime.onnx" in before
+    equal = tmp_path.parent / f"{tmp_path.name}-equal.npz"
+    np.savez(equal, input=np.ones((4, 1, 8, 8), np.float32))
+    failed = typed(
+        *("optimize", SOURCE, "--engine", "onnxruntime", "--output", str(tmp_path)),
+        *("--precision", "int8", "--data", str(equal)),
+    )
+    assert failed.exit_code == 2
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    optimized(tmp_path, "--precision", "fp16")
+    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert names == ["baseline.onnx", "model.onnx", "report.json", "report.md"]
+
+
+def test_a_limit_out_of_reach_is_an_error_beside_the_report(tmp_path: Path) -> None:
+    result = typed(
+        *("optimize", SOURCE, "--engine", "onnxruntime", "--output", str(tmp_path)),
+        *("--precision", "mixed", "--max-drift", "1e-12", "--duration", "0"),
+    )
+    assert result.exit_code == 1
+    assert "No mixture of 'digits' stays within --max-drift 1e-12" in result.stderr
+    assert schema.parse((tmp_path / "report.json").read_text())
+
+
+def test_a_single_sample_is_doubted(tmp_path: Path) -> None:
+    with np.load(digits.HELD_OUT) as arrays:
+        np.savez(tmp_path / "one.npz", input=arrays["input"][:1])
+    document = optimized(
+        tmp_path / "out", "--precision", "int8", "--data", str(tmp_path / "one.npz")
+    )
+    [few] = [each for each in document["warnings"] if each["kind"] == "few-samples"]
+    assert few["finding"] == "Its ranges come from 1 sample, which drift is taken on as well"
+
+
+def test_a_model_that_nothing_can_be_low_in_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "net_of_precision_tests.py"
+    source.write_text("from torch import nn\ndef build():\n    return nn.Softmax(1)\n")
+    result = typed(
+        *("optimize", f"{source}:build", "--input", "2x8", "--engine", "onnxruntime"),
+        *("--precision", "fp16", "--output", str(tmp_path / "out")),
+    )
+    assert result.exit_code == 2
+    assert "Nothing of the model can be written in fp16" in result.stderr

@@ -211,7 +211,7 @@ def test_random_data_is_marked_as_such(tmp_path: Path) -> None:
     assert found.caveat.kind == "random-calibration"
     document = told(found)
     assert document is not None
-    assert document["calibration"] == "ranges from 8 random inputs"
+    assert document["calibration"] == "ranges from 8 samples of random inputs"
 
 
 def test_int8_without_data_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

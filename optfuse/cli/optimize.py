@@ -181,8 +181,9 @@ def optimize(
                 plan=plan_of(
                     precision,
                     io=io_precision,
-                    low=low_precision or ("fp16" if data is None else "int8"),
+                    low=low_precision,
                     max_drift=max_drift,
+                    has_data=data is not None,
                 ),
                 data=data,
                 random_calibration=random_calibration,

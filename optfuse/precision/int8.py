@@ -200,7 +200,11 @@ def _check(artifact: Artifact, judged: Sequence[Layer], high: Collection[str]) -
     possible = [each.name for each in judged if each.reason is None]
     thing = f"'{artifact.path.name}' cannot be written in int8"
     if not possible:
-        of_first = f"The first is {judged[0].name}: {judged[0].reason}" if judged else ""
+        of_first = (
+            f"Of its layers none can; the first, {judged[0].name}: {judged[0].reason}"
+            if judged
+            else ""
+        )
         raise UsageError(
             thing,
             of_first or "It has no convolution, linear layer or product with weights",

@@ -192,6 +192,11 @@ def _verdicts(found: Sequence[Entry]) -> str:
     return ", ".join(counts) + ending
 
 
+def _drift(ratio: float) -> str:
+    """In times the export's own; of a low precision, whose hundredths say nothing, without them."""
+    return times(ratio) if ratio < rows.LOW_PRECISION else f"{ratio:.0f}x"
+
+
 def _speedups(found: Sequence[Entry]) -> Table:
     columns = (
         Column("report", number=True),
@@ -208,7 +213,7 @@ def _speedups(found: Sequence[Entry]) -> Table:
             each.engine,
             NONE if each.compared is None else _ratio(each.compared),
             NONE if each.compared is None else str(each.compared["verdict"]),
-            NONE if each.drift is None else times(each.drift),
+            NONE if each.drift is None else _drift(each.drift),
         )
         for each in found
         if each.compared is not None or each.drift is not None

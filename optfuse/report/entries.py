@@ -84,6 +84,8 @@ def _of_optimize(document: Document, about: Mapping[str, Any]) -> list[Entry]:
         if (row["variant"], row["against"]) == ("optimized", "baseline")
         and row["engine"] == row["against_engine"]
     }
+    asked = document["settings"].get("precision", "fp32")
+    precision = "" if asked == "fp32" else f" {asked}"
     places = dict.fromkeys([*((engine, at) for engine, at, _ in latency), *drift])
     shapes = _shapes(document["program"]["inputs"])
     return [
@@ -91,7 +93,7 @@ def _of_optimize(document: Document, about: Mapping[str, Any]) -> list[Entry]:
             **about,
             model=document["program"]["name"],
             inputs=shapes if at is None else f"{shapes} at {at}",
-            engine=engine,
+            engine=f"{engine}{precision}",
             device=next((row["device"] for row in latency.values() if row["engine"] == engine), ""),
             threads=document["settings"]["threads"],
             against=EXPORT,

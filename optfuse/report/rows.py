@@ -361,6 +361,10 @@ def drift(document: Document, *, brief: bool = False) -> Table:
     ]
     references = dict.fromkeys(row["reference"] for row in document["drift"])
     notes = [f"The reference is the {reference}." for reference in references]
+    judged_on = document["settings"].get("judged_on")
+    if judged_on:
+        samples = "1 sample" if judged_on == 1 else f"{judged_on} samples"
+        notes.append(printable(f"Taken on {samples} of {document['settings']['data']}."))
     return table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
 
 
@@ -668,10 +672,8 @@ def drift_words(row: Mapping[str, Any]) -> str:
 
 
 def _multiple(ratio: float | None) -> str:
-    """How many times the export's own drift."""
-    if ratio is None:
-        return NONE
-    return times(ratio) if ratio < LOW_PRECISION else f"{significant(ratio, 3)}x"
+    """How many times the export's own drift, where that says anything."""
+    return NONE if ratio is None or ratio >= LOW_PRECISION else times(ratio)
 
 
 def _missing_sentence(engine: str, target: str, reason: str, names: Sequence[str], at: str) -> str:
