@@ -352,6 +352,10 @@ class Building:
     def cannot_run(self) -> str | None:
         return "no GPU"
 
+    def widens(self, precision: str) -> str | None:
+        del precision
+        return None
+
     def check_target(self, target: str) -> None:
         del target
 
@@ -363,7 +367,7 @@ class Building:
 def test_an_engine_is_built_for_the_shapes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     building = Building()
     backend = cast(Backend, cast(Any, building))
-    monkeypatch.setattr(pipeline, "choose", lambda *_: [backend])
+    monkeypatch.setattr(pipeline, "choose", lambda *_: ([backend], []))
     pipeline.run(replace(request(folder), targets=("sm_89",)))
     expected = InputShapes("image", (1, 3, 12, 12), (2, 3, 12, 12), (4, 3, 12, 12))
     assert [options.shapes for options in building.asked] == [(expected,), (expected,)]
