@@ -242,7 +242,7 @@ def test_the_key_in_the_metadata_is_the_one_that_is_written() -> None:
 
 
 @here
-@pytest.mark.parametrize("scheme", [*(SCHEMES.keys() - {"openvino"}), "of a later version"])
+@pytest.mark.parametrize("scheme", [*sorted(SCHEMES.keys() - {"openvino"}), "of a later version"])
 def test_int8_for_another_engine_is_refused_before_anything_is_compiled(
     example: Artifact, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
