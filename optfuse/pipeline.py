@@ -687,7 +687,7 @@ def _described_inputs(program: Program) -> list[InputSpec]:
     leaves = flat_inputs(graph_module, program.example_args, program.example_kwargs)
     specs = flat_inputs(graph_module, *program.sizes.arranged) if program.sizes else leaves
     return [
-        InputSpec(node.name, tuple(spec.shape), str(leaf.dtype).removeprefix("torch."))
+        InputSpec(str(node.target), tuple(spec.shape), str(leaf.dtype).removeprefix("torch."))
         for node, leaf, spec in zip(placeholders(graph_module.graph), leaves, specs, strict=True)
         if isinstance(leaf, torch.Tensor)
     ]

@@ -332,10 +332,15 @@ def _load(path: Path, provider: Provider, threads: int) -> Any:
                 enable_fallback=0,
             )
     except Exception as error:  # its exceptions have no public base class
+        reason = _reason(error)
         raise EngineError(
             f"The engine '{provider.engine}' cannot load '{path}'",
-            _reason(error),
-            "Export the model again, or update onnxruntime if it is older than the file's opset",
+            reason,
+            "It has no kernel for that operator in its precision: open the file on another engine, "
+            "e.g. with @openvino"
+            if "Could not find an implementation" in reason
+            else "Export the model again, or update onnxruntime if it is older than the file's "
+            "opset",
         ) from error
     actual = session.get_providers()[0]
     if actual != provider.name:

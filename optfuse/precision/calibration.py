@@ -237,9 +237,9 @@ def _calibrater(path: Path, folder: Path, threads: int) -> tuple[MinMaxCalibrate
 
 def _failed(path: Path, error: Exception) -> EngineError:
     return EngineError(
-        f"The ranges for int8 cannot be taken from '{path}'",
+        f"The ranges for int8 cannot be taken: '{path.name}' does not run on the data",
         " ".join(str(error).split()) or type(error).__name__,
-        "Give it inputs with the shapes it was exported for, or export the model again",
+        "Check the values in the data, such as indices beyond a table, and its shapes",
     )
 
 

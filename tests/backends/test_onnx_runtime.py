@@ -288,6 +288,19 @@ def test_a_type_that_pytorch_lacks_is_refused_when_the_file_is_opened(tmp_path: 
     )
 
 
+def test_a_precision_without_kernels_is_sent_to_another_engine(tmp_path: Path) -> None:
+    types = [helper.make_tensor_value_info(each, TensorProto.BFLOAT16, [2, 2]) for each in "xy"]
+    node = helper.make_node("MatMul", ["x", "x"], ["y"])
+    graph = helper.make_graph([node], "g", types[:1], types[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path = tmp_path / "low.onnx"
+    onnx.save(model, path)
+    artifact = Artifact(path, "onnx", "", path.stat().st_size)
+    with pytest.raises(EngineError, match="Could not find an implementation") as caught:
+        CPU_BACKEND.open(artifact, BuildOptions())
+    assert "with @openvino" in caught.value.next_step
+
+
 def test_nothing_is_left_in_the_home_directory(tmp_path: Path) -> None:
     """ONNX Runtime 1.31 keeps a number of the machine there, unless told not to."""
     program = (

@@ -489,8 +489,8 @@ def test_what_cannot_compute_in_int8(model: onnx.ModelProto, reason: str, tmp_pa
     with pytest.raises(UsageError) as caught:
         quantize(artifact, found, tmp_path / "int8.onnx")
     assert str(caught.value) == (
-        f"'model.onnx' cannot be written in int8. The first is layer: {reason}. "
-        "Choose another precision."
+        "'model.onnx' cannot be written in int8. Of its layers none can; the first, layer: "
+        f"{reason}. Choose another precision."
     )
     assert not (tmp_path / "int8.onnx").exists()
 
@@ -511,7 +511,9 @@ def test_weights_of_another_type(tmp_path: Path) -> None:
         helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "half.onnx"
     )
     found = calibrate(artifact, [[torch.rand(4, 4)] for _ in range(2)])
-    with pytest.raises(UsageError, match="The first is layer: its weights are float16"):
+    with pytest.raises(
+        UsageError, match="the first, layer: its weights are float16"
+    ):
         quantize(artifact, found, tmp_path / "int8.onnx")
 
 
@@ -660,7 +662,7 @@ def test_a_mask_that_keeps_everything_is_no_mistake(tmp_path: Path) -> None:
 
 
 def test_inputs_of_another_shape(exported: Artifact) -> None:
-    with pytest.raises(EngineError, match=r"cannot be taken from '.*model.onnx'. .*input"):
+    with pytest.raises(EngineError, match=r"'model.onnx' does not run on the data. .*input"):
         calibrate(exported, [[torch.rand(1, 1, 9, 9)]])
 
 
