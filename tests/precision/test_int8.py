@@ -511,9 +511,7 @@ def test_weights_of_another_type(tmp_path: Path) -> None:
         helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "half.onnx"
     )
     found = calibrate(artifact, [[torch.rand(4, 4)] for _ in range(2)])
-    with pytest.raises(
-        UsageError, match="the first, layer: its weights are float16"
-    ):
+    with pytest.raises(UsageError, match="the first, layer: its weights are float16"):
         quantize(artifact, found, tmp_path / "int8.onnx")
 
 
