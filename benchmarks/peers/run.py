@@ -88,6 +88,11 @@ def run(network: str, batch: int, seconds: float, among: Sequence[Contender] = A
     control = stats.paired_ratio(by_name[REFERENCE.name].blocks, by_name[CONTROL].blocks, seed=SEED)
     floor = stats.noise_floor(control)
     limits = ceilings(THREADS, "cpu", cache_folder())
+    in_float32 = [each for each in opened if each.endswith(" fp32")]
+    quickest_ms = min(_median(by_name[each]) for each in in_float32)
+    if made.flops / quickest_ms / 1e6 > limits.gflops_per_s:
+        # Those in the cache may come from a busy machine.
+        limits = ceilings(THREADS, "cpu", cache_folder(), surpassed=True)
 
     def row(contender: Contender) -> Row:
         named = {"by": contender.by, "engine": contender.engine, "precision": contender.precision}
