@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from optfuse import cost, memory
+from optfuse import backends, cost, memory
 from optfuse.ablate import ablate
 from optfuse.backends import Backend
 from optfuse.builder_findings import BuilderFinding, findings
@@ -33,6 +33,7 @@ from optfuse.lower import Lowered, Plan, Timing, check, lower, told, with_random
 from optfuse.measure import Schedule
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
+from optfuse.precision.int8 import SCHEMES
 from optfuse.precision.trials import float64_outputs, split
 from optfuse.recommend import Recommendation, recommend
 from optfuse.report import markdown, schema
@@ -334,11 +335,19 @@ def _require_a_builder(engines: Sequence[Backend]) -> None:
 
 
 def _clear(output: Path) -> None:
-    """Take away what an earlier run left that would not fit the files that come now."""
-    patterns = ("model.*.onnx", "*.onnx.data", "report.json", "report.md")
-    stale = [each for pattern in patterns for each in output.glob(pattern)]
+    """Take away what an earlier run left that would not fit the files that come now. Only names
+    that a run writes: the folder may hold the user's own files as well."""
+    models = [output / f"{name}.onnx" for name in ("baseline", "model")]
+    models += [output / f"model.{scheme}.onnx" for scheme in SCHEMES]
+    stale = [*models[2:], *map(data_file, models), output / "report.json", output / "report.md"]
     # The description goes first: an engine without it is not opened.
-    engines = sorted((output / "engines").glob("*/*.engine*"), reverse=True)
+    engines = [
+        path
+        for name in backends.BACKENDS
+        for variant in ("baseline", "optimized")
+        for ending in (".engine.json", ".engine")
+        for path in sorted((output / "engines" / name).glob(f"sm_*.{variant}{ending}"))
+    ]
     with writing("The results", output):
         for path in (*stale, *engines):
             path.unlink(missing_ok=True)

@@ -191,6 +191,10 @@ def test_a_run_that_fails_leaves_the_earlier_one_and_one_that_works_takes_its_pl
     stale = tmp_path / "engines" / "tensorrt-rtx" / "sm_89.optimized.engine"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another model")
+    own = [tmp_path / each for each in ("model.v2.onnx", "mine.onnx.data", "engines/mine/x.engine")]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"the user's own")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert tmp_path / "model.onnxruntime.onnx" in before
     equal = tmp_path.parent / f"{tmp_path.name}-equal.npz"
@@ -202,8 +206,9 @@ def test_a_run_that_fails_leaves_the_earlier_one_and_one_that_works_takes_its_pl
     assert failed.exit_code == 2
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     optimized(tmp_path, "--precision", "fp16")
-    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert names == ["baseline.onnx", "model.onnx", "report.json", "report.md"]
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    results = {tmp_path / each for each in ("baseline.onnx", "model.onnx")}
+    assert left == {*own, *results, tmp_path / "report.json", tmp_path / "report.md"}
 
 
 def test_a_limit_out_of_reach_is_an_error_beside_the_report(tmp_path: Path) -> None:
