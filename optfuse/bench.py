@@ -14,7 +14,7 @@ import torch
 from optfuse import backends, cost, onnx_cost, stats
 from optfuse.diagnose import diagnose
 from optfuse.environment import activity, environment
-from optfuse.errors import EngineError, OptfuseError, UsageError
+from optfuse.errors import OptfuseError, UsageError
 from optfuse.isolated import Isolated, Job
 from optfuse.measure import InProcess, Schedule, Timed, interleave
 from optfuse.report.bench import BatchRun, Contender, NotRun, Versus, Work, assemble
@@ -30,7 +30,7 @@ from optfuse.stages import (
     Report,
     silent,
 )
-from optfuse.subjects import Subject, feeds_of, opened_by, parse_subjects
+from optfuse.subjects import Subject, feeds_of, opened_by, parse_subjects, require_runnable
 
 CONTROL = " (again)"
 """What is added to the first subject's name where it is run against itself."""
@@ -158,7 +158,7 @@ class _Opened:
 
     def _open(self, subject: Subject, folder: Path, stack: ExitStack) -> None:
         folder.mkdir()
-        _require(subject)
+        require_runnable(subject)
         thing = opened_by(subject, folder, self.batch)
         feeds = self._feeds(thing)
         timed = self._timed(subject, thing, feeds, folder, stack)
@@ -243,16 +243,6 @@ class _Opened:
             about = about.replace(f"{engine} {name}", name)
         several = len(self.request.batches) > 1
         return replace(caveat, about=f"batch {self.batch}, {about}" if several else about)
-
-
-def _require(subject: Subject) -> None:
-    missing = backends.get(subject.engine).cannot_run()
-    if missing is not None:
-        raise EngineError(
-            f"'{subject.name}' cannot be run here",
-            missing,
-            "Choose an engine that 'optfuse engines' calls ready, with @ENGINE",
-        )
 
 
 def _alike(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

@@ -20,7 +20,7 @@ import torch
 from optfuse import backends
 from optfuse.backends import engine_file
 from optfuse.capture import capture
-from optfuse.errors import LoadError, UsageError
+from optfuse.errors import EngineError, LoadError, UsageError
 from optfuse.export import export_baseline
 from optfuse.files import sha256
 from optfuse.graph import flat_inputs
@@ -106,6 +106,23 @@ def parse_subjects(
         source = Source(what, weights=weights, inputs=inputs, seed=seed, trust=trust)
         found += [replace(each, inputs=inputs) for each in _subjects(what, engine, source)]
     return _named_apart(found)
+
+
+def require_runnable(subject: Subject) -> None:
+    """Refuse a subject whose engine cannot run here, before any work is done.
+
+    Raises:
+        EngineError: as it says.
+    """
+    missing = backends.get(subject.engine).cannot_run()
+    if missing is not None:
+        raise EngineError(
+            f"'{subject.name}' cannot be run here",
+            "There is no GPU" if missing == "no GPU" else missing,
+            "Run it where the GPU is that it was built for"
+            if subject.kind == "engine"
+            else "Choose an engine that 'optfuse engines' calls ready, with @ENGINE",
+        )
 
 
 def program_of(subject: Subject, batch: int | None = None) -> Program:

@@ -169,7 +169,7 @@ def test_no_pass_and_no_engine_builds_on_another() -> None:
     names = (
         *("nvinfer", "nvinfer_build", "nvinfer_cache", "nvinfer_log", "nvinfer_runtime"),
         *("nvinfer_session", "nvidia", "builder_log", "cuda_recording", "engine_file"),
-        *("inspector", "onnx_places", "profiles", "torch_gpu", "torch_program"),
+        *("given", "inspector", "onnx_places", "profiles", "torch_gpu", "torch_program"),
     )
     shared = {f"backends/{name}.py" for name in names}
     for folder in ("passes", "backends"):

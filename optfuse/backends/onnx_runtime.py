@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optfuse.backends.given import nothing_bound, onnx_file, require_fitting, require_here
 from optfuse.backends.nvidia import gpu_count
 from optfuse.environment import package_version
 from optfuse.errors import EngineError
@@ -165,17 +166,9 @@ class OnnxRuntime:
             EngineError: the package is missing, the file can't be loaded, or another provider than
                 the one asked for would run it.
         """
-        if reason := self.unavailable():
-            cause, _, command = reason.partition(": ")
-            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
-        if isinstance(program, Program) or program.kind != "onnx":
-            what = "a captured program" if isinstance(program, Program) else f"'{program.path}'"
-            raise EngineError(
-                f"The engine '{self.name}' cannot open {what}",
-                "It reads ONNX files only",
-                "Export the program to ONNX first",
-            )
-        session = _load(program.path, self._provider, options.threads)
+        require_here(self.name, self.unavailable())
+        path = onnx_file(self.name, program)
+        session = _load(path, self._provider, options.threads)
         return OnnxRuntimeSession(session, self._provider)
 
 
@@ -242,11 +235,7 @@ class OnnxRuntimeSession:
             EngineError: nothing is bound, or ONNX Runtime refused.
         """
         if self._binding is None:
-            raise EngineError(
-                "The engine 'onnxruntime' cannot run",
-                "No inputs were bound",
-                "Call bind() before run()",
-            )
+            raise nothing_bound("onnxruntime")
         try:
             self._session.run_with_iobinding(self._binding)
             self._binding.synchronize_outputs()
@@ -294,21 +283,8 @@ class OnnxRuntimeSession:
                 self._binding.bind_output(name, self._memory)
 
     def _check(self, feeds: Sequence[torch.Tensor]) -> None:
-        if len(feeds) != len(self.inputs):
-            raise EngineError(
-                "The engine 'onnxruntime' cannot bind its inputs",
-                f"The file takes {len(self.inputs)} tensors and got {len(feeds)}",
-                "Give one tensor for each input",
-            )
-        for name, (expected, _), feed in zip(self.inputs, self._input_types, feeds, strict=True):
-            given = str(feed.dtype).removeprefix("torch.")
-            # The binding passes a bare pointer on: a wrong dtype would be read as garbage.
-            if given != expected:
-                raise EngineError(
-                    f"The engine 'onnxruntime' cannot bind the input '{name}'",
-                    f"It takes {expected} and got {given}",
-                    "Convert the tensor to that dtype",
-                )
+        dtypes = [dtype for dtype, _ in self._input_types]
+        require_fitting("onnxruntime", "file", self.inputs, dtypes, feeds)
 
 
 def _load(path: Path, provider: Provider, threads: int) -> Any:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optfuse.backends.given import nothing_bound, onnx_file, require_fitting, require_here
 from optfuse.environment import package_version
 from optfuse.errors import EngineError
 from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
@@ -108,17 +109,9 @@ class OpenVino:
                 another engine, something else than a CPU would run it, or not in the types that
                 the file names.
         """
-        if reason := self.unavailable():
-            cause, _, command = reason.partition(": ")
-            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
-        if isinstance(program, Program) or program.kind != "onnx":
-            what = "a captured program" if isinstance(program, Program) else f"'{program.path}'"
-            raise EngineError(
-                f"The engine '{self.name}' cannot open {what}",
-                "It reads ONNX files only",
-                "Export the program to ONNX first",
-            )
-        return OpenVinoSession(_load(program.path, options.threads))
+        require_here(self.name, self.unavailable())
+        path = onnx_file(self.name, program)
+        return OpenVinoSession(_load(path, options.threads))
 
 
 class OpenVinoSession:
@@ -171,11 +164,7 @@ class OpenVinoSession:
             EngineError: OpenVINO refused, e.g. a shape the file wasn't exported for.
         """
         if not self._is_bound:
-            raise EngineError(
-                "The engine 'openvino' cannot run",
-                "No inputs were bound",
-                "Call bind() before run()",
-            )
+            raise nothing_bound("openvino")
         try:
             # Without this, it would hand out copies of the outputs.
             self._request.infer(share_outputs=True)
@@ -203,22 +192,9 @@ class OpenVinoSession:
         self._feeds, self._is_bound = [], False
 
     def _check(self, feeds: Sequence[torch.Tensor]) -> None:
-        if len(feeds) != len(self.inputs):
-            raise EngineError(
-                "The engine 'openvino' cannot bind its inputs",
-                f"The file takes {len(self.inputs)} tensors and got {len(feeds)}",
-                "Give one tensor for each input",
-            )
-        for name, expected, feed in zip(self.inputs, self._input_types, feeds, strict=True):
-            given = str(feed.dtype).removeprefix("torch.")
-            # Its tensor takes a bare pointer: a wrong dtype would be read as garbage.
-            if given != expected:
-                raise EngineError(
-                    f"The engine 'openvino' cannot bind the input '{name}'",
-                    f"It takes {expected} and got {given}",
-                    "Convert the tensor to that dtype",
-                )
-            if given == "int64" and not _fits_int32(feed):
+        require_fitting("openvino", "file", self.inputs, self._input_types, feeds)
+        for name, feed in zip(self.inputs, feeds, strict=True):
+            if str(feed.dtype) == "torch.int64" and not _fits_int32(feed):
                 raise EngineError(
                     f"The engine 'openvino' cannot bind the input '{name}'",
                     "OpenVINO computes int64 in 32 bits, and it has values that need more",

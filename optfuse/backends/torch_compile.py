@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from optfuse.backends.given import require_here
 from optfuse.backends.torch_gpu import GpuProgramBackend
 from optfuse.backends.torch_program import ProgramBackend, ProgramSession, first_line, moved
 from optfuse.errors import EngineError
@@ -55,9 +56,7 @@ class TorchCompile(ProgramBackend):
         return None
 
     def _session(self, program: Program, options: BuildOptions) -> ProgramSession:
-        if reason := self.unavailable():
-            cause, _, command = reason.partition(": ")
-            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
+        require_here(self.name, self.unavailable())
         return TorchCompileSession(self.name, _in_plain_operators(program), options)
 
 

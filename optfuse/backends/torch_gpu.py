@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optfuse.backends.given import require_here
 from optfuse.backends.nvidia import gpu_count
 from optfuse.backends.torch_program import ProgramBackend
 from optfuse.errors import EngineError
@@ -30,9 +31,7 @@ class GpuProgramBackend(ProgramBackend):
         """
         import torch
 
-        if reason := self.unavailable():
-            cause, _, command = reason.partition(": ")
-            raise EngineError(f"The engine '{self.name}' is not here", cause, f"Run: {command}")
+        require_here(self.name, self.unavailable())
         if gpu_count() == 0 or not torch.cuda.is_available():
             raise EngineError(
                 f"The engine '{self.name}' cannot run here",

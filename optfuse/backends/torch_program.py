@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optfuse.backends.given import nothing_bound, require_fitting
 from optfuse.environment import package_version
 from optfuse.errors import EngineError
 from optfuse.stages import Artifact, BuildOptions, EngineReport, Program
@@ -225,26 +226,11 @@ class ProgramSession:
         return [self._leaves[position] for position in self._tensor_positions]
 
     def _nothing_bound(self) -> EngineError:
-        return EngineError(
-            f"The engine '{self._engine}' cannot run",
-            "No inputs were bound",
-            "Call bind() before run()",
-        )
+        return nothing_bound(self._engine)
 
     def _check(self, feeds: Sequence[torch.Tensor]) -> None:
-        if len(feeds) != len(self._tensor_positions):
-            raise EngineError(
-                f"The engine '{self._engine}' cannot bind its inputs",
-                f"The program takes {len(self._tensor_positions)} tensors and got {len(feeds)}",
-                "Give one tensor for each input",
-            )
-        for name, example, feed in zip(self.inputs, self._examples(), feeds, strict=True):
-            if feed.dtype != example.dtype:
-                raise EngineError(
-                    f"The engine '{self._engine}' cannot bind the input '{name}'",
-                    f"It takes {_short(example.dtype)} and got {_short(feed.dtype)}",
-                    "Convert the tensor to that dtype",
-                )
+        dtypes = [_short(example.dtype) for example in self._examples()]
+        require_fitting(self._engine, "program", self.inputs, dtypes, feeds)
 
     def _input_names(self) -> tuple[str, ...]:
         placeholders = self._graph_module.graph.find_nodes(op="placeholder")

@@ -25,7 +25,7 @@ from optfuse.diff.references import (
     outputs_of,
 )
 from optfuse.environment import environment
-from optfuse.errors import EngineError, OptfuseError, UsageError
+from optfuse.errors import OptfuseError, UsageError
 from optfuse.float64 import random_inputs, torch_threads
 from optfuse.graph import flat_inputs, placeholders
 from optfuse.optimize import optimize, select
@@ -41,7 +41,14 @@ from optfuse.stages import (
     Report,
     silent,
 )
-from optfuse.subjects import Subject, feeds_of, onnx_inputs, opened_by, parse_subjects
+from optfuse.subjects import (
+    Subject,
+    feeds_of,
+    onnx_inputs,
+    opened_by,
+    parse_subjects,
+    require_runnable,
+)
 
 
 @dataclass(frozen=True)
@@ -144,13 +151,7 @@ def _check(request: DiffRequest, subjects: Sequence[Subject]) -> None:
                 "Give the model source first, or leave --passes out",
             )
     for subject in subjects:
-        missing = backends.get(subject.engine).cannot_run()
-        if missing is not None:
-            raise EngineError(
-                f"'{subject.name}' cannot be run here",
-                missing,
-                "Choose an engine that 'optfuse engines' calls ready, with @ENGINE",
-            )
+        require_runnable(subject)
     if len(subjects) == 1 and first.kind == "engine":
         raise UsageError(
             f"'{first.text}' cannot be compared with itself in float64",
