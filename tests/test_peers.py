@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,13 @@ def test_a_network_is_measured_and_what_cannot_run_says_why() -> None:
     assert 1e-4 < second["relative_l2"] < 0.3
     assert second["ratio"][1] <= second["ratio"][0] <= second["ratio"][2]
     assert "int8 is written into ONNX files only" in third["missing"]
+
+
+def test_what_is_far_too_slow_is_left_out_with_its_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Contender("optfuse", "onnxruntime", "fp32")
+    monkeypatch.setattr(run, "TOO_SLOW", 1e-9)
+    row = run.run("digits", 2, 0.3, [ours])
+    assert [("ratio" in each) for each in row["contenders"]] == [True, False]
+    assert re.fullmatch(
+        r"a run takes about \d+ times as long as the reference's", row["contenders"][1]["missing"]
+    )

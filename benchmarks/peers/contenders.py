@@ -32,6 +32,11 @@ class Contender:
 REFERENCE = Contender("export as it comes", "onnxruntime")
 """What every other one is compared with: the export as it comes, on the engine that most take."""
 
+TOO_SLOW = 10.0
+"""Times as long as the reference: what takes longer is left out, because it would take most of the
+time that all have together (PyTorch's float16 on a CPU takes up to 100 times as long), and no
+interval is needed to tell."""
+
 OTHERS = (
     Contender("eager", "torch"),
     Contender("as captured", "torch-compile"),

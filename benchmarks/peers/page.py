@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.peers.contenders import ALL, REFERENCE
+from benchmarks.peers.contenders import ALL, REFERENCE, TOO_SLOW
 
 Rows = Mapping[str, Mapping[str, Any]]
 """`googlenet at batch 1` -> what `run.run` gave."""
@@ -64,6 +64,8 @@ def _geometric_means(rows: Rows) -> str:
     measured = [row for row in rows.values() if row["outcome"] == "measured"]
     lines = [
         "## Over all of them\n",
+        "*of* says how many networks and batches a row is of: where a contender cannot run, or "
+        f"takes more than {TOO_SLOW:.0f} times as long as the reference, it is not in the mean.\n",
         "| made by | engine | precision | times as fast, geometric mean | least | most | of |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]

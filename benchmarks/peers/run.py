@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.kept import ROOT
-from benchmarks.peers.contenders import ALL, ENGINES, REFERENCE, Contender
+from benchmarks.peers.contenders import ALL, ENGINES, REFERENCE, TOO_SLOW, Contender
 from optfuse import backends, cost, stats
 from optfuse.backends import Session
 from optfuse.capture import capture
@@ -65,6 +65,8 @@ def run(network: str, batch: int, seconds: float, among: Sequence[Contender] = A
         for contender in dict.fromkeys((REFERENCE, *among)):
             try:
                 session = stack.enter_context(made.session(contender))
+                if contender != REFERENCE:
+                    _require_comparable(session, opened[REFERENCE.name])
                 drifts[contender.name] = drift(
                     session.fetch(),
                     made.reference,
@@ -124,6 +126,24 @@ def _figures(by_name: Mapping[str, Measurement], name: str, floor: float) -> Row
         "ratio": [ratio.ratio, ratio.low, ratio.high],
         "verdict": "reference" if name == REFERENCE.name else stats.verdict(ratio, floor),
     }
+
+
+def _require_comparable(session: Session, reference: Session) -> None:
+    """Refuse what is so slow that it would take most of the time that all of them have."""
+    times_as_long = _seconds(session) / _seconds(reference)
+    if times_as_long > TOO_SLOW:
+        raise OptfuseError(
+            "It was left out of the measurement",
+            f"a run takes about {times_as_long:.0f} times as long as the reference's",
+            "",
+        )
+
+
+def _seconds(session: Session) -> float:
+    """Of one run; it has run before."""
+    begun = time.perf_counter()
+    session.run()
+    return time.perf_counter() - begun
 
 
 def _parted(name: str) -> tuple[str, str]:
