@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from optfuse.errors import OptfuseError
     from optfuse.export import export, export_baseline
     from optfuse.load import load
-    from optfuse.lower import Plan, lower
+    from optfuse.lower import lower
     from optfuse.measure import measure
     from optfuse.optimize import optimize, select
     from optfuse.pipeline import Request, run
+    from optfuse.precision.plan import Plan
     from optfuse.stages import (
         Artifact,
         BuildOptions,
@@ -52,7 +53,7 @@ _HOMES = {
     "export": "export",
     "export_baseline": "export",
     "load": "load",
-    "Plan": "lower",
+    "Plan": "precision.plan",
     "lower": "lower",
     "measure": "measure",
     "optimize": "optimize",

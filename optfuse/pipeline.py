@@ -29,11 +29,12 @@ from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
-from optfuse.lower import Lowered, Plan, Timing, check, lower, told, with_random_data
+from optfuse.lower import Lowered, Timing, lower, told, with_random_data
 from optfuse.measure import Schedule
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
 from optfuse.precision.int8 import SCHEMES
+from optfuse.precision.plan import Plan, check
 from optfuse.precision.trials import float64_outputs, split
 from optfuse.recommend import Recommendation, recommend
 from optfuse.report import markdown, schema

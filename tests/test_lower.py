@@ -19,14 +19,13 @@ from optfuse.compare import drift
 from optfuse.errors import UsageError
 from optfuse.lower import (
     Lowered,
-    Plan,
     Timing,
-    check,
     lower,
     told,
     with_random_data,
 )
 from optfuse.precision import trials
+from optfuse.precision.plan import Plan, check
 from optfuse.stages import Artifact, BuildOptions, Program
 from tests.harness import captured, optimized
 

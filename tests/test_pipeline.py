@@ -16,7 +16,7 @@ from torch import nn
 from optfuse import backends, pipeline, stats, trial
 from optfuse.backends import Backend, Session, onnx_runtime, torch_eager
 from optfuse.errors import EngineError
-from optfuse.lower import Plan
+from optfuse.precision.plan import Plan
 from optfuse.report import rows
 from optfuse.stages import LoadedModel, Measurement, Program, Source, Variant, silent
 from tests.harness import captured

@@ -17,8 +17,9 @@ from optfuse.compare import drift
 from optfuse.export import export_baseline
 from optfuse.float64 import run_float64, torch_threads
 from optfuse.load import load
-from optfuse.lower import Plan, Precision, lower
+from optfuse.lower import lower
 from optfuse.optimize import optimize, select
+from optfuse.precision.plan import Plan, Precision
 from optfuse.stages import BuildOptions, InputSpec, Source
 
 ENGINES = ("onnxruntime", "openvino", "torch")

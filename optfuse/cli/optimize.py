@@ -165,7 +165,7 @@ def optimize(
     # A model may print while it is loaded or run; standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
         from optfuse.environment import available_threads
-        from optfuse.lower import plan_of
+        from optfuse.precision.plan import plan_of
         from optfuse.pipeline import Request, run
 
         outcome = run(
