@@ -18,7 +18,9 @@ from torch import nn
 from optfuse import backends
 from optfuse.diff import DiffRequest, diff
 from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
-from optfuse.export import export_baseline
+from optfuse.export import export, export_baseline
+from optfuse.optimize import optimize, select
+from optfuse.precision import floats
 from optfuse.report import schema
 from optfuse.samples import Wanted, read_samples
 from tests.harness import captured, scramble
@@ -57,6 +59,13 @@ def planted():
     net = Net()
     with torch.no_grad():
         net.middle.weight.mul_(1.01)
+    return net
+
+
+def planted_by_a_tenth():
+    net = Net()
+    with torch.no_grad():
+        net.middle.weight.mul_(1.1)
     return net
 
 
@@ -218,6 +227,32 @@ def test_layers_of_a_source_cannot_be_compared_with_those_of_a_file(folder: Path
     assert row["layers"] is None
     assert "The first one is a file" in row["no_layers"]
     assert worst(row) < ROUNDING
+
+
+def lowered(folder: Path, source: str, name: str) -> str:
+    """The ONNX file of a model source in fp16; its mean stays in float32."""
+    from optfuse.capture import capture
+    from optfuse.load import load
+    from optfuse.stages import Source
+
+    program = floats.lower(optimize(capture(load(Source(source))), select("all")), "fp16")
+    return str(export(program, folder / name).path)
+
+
+def test_what_stays_in_float32_among_layers_in_half_precision_is_not_to_blame(folder: Path) -> None:
+    path = lowered(folder, NET, "low.onnx")
+    _, row = compared(NET, path, per_layer=True)
+    assert row["layers"]["suspect"] is None
+    assert "ReduceMean" in [layer["kind"] for layer in row["layers"]["rows"]]
+    (alone,) = compared(path, per_layer=True)
+    assert alone["layers"]["suspect"] is None
+
+
+def test_a_wrong_layer_in_half_precision_is_named(folder: Path) -> None:
+    source = "net_of_diff_tests.py:planted_by_a_tenth"
+    _, row = compared(NET, lowered(folder, source, "low.onnx"), per_layer=True)
+    (found,) = [each for each in row["layers"]["rows"] if each["name"] == row["layers"]["suspect"]]
+    assert found["module"] == "middle"
 
 
 # Outputs

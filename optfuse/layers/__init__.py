@@ -5,7 +5,8 @@ Each layer is looked at twice. Once as the program ran: its distance to the refe
 that went wrong before it too. And once fed with the reference's own values, so that nothing is
 inherited: what is left is the error that this layer adds. That error over the one the unchanged
 program adds at the same place is the layer's growth, and the first one with a growth above `LIMIT`
-is the suspect.
+is the suspect. Rounding is no growth: a layer may add as much as the coarsest type rounds by that
+it computes in, reads or gives, however fine its own operators are.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,13 @@ class Reference(Protocol):
         """It is not needed any more."""
 
 
-def row(place: Place, exact: Exact, value: torch.Tensor, alone: torch.Tensor) -> LayerDrift:
+def row(
+    place: Place,
+    exact: Exact,
+    value: torch.Tensor,
+    alone: torch.Tensor,
+    types: Collection[torch.dtype],
+) -> LayerDrift:
     """How far a place is from where it should be.
 
     Args:
@@ -83,6 +89,7 @@ def row(place: Place, exact: Exact, value: torch.Tensor, alone: torch.Tensor) ->
         exact: what it should give.
         value: what it gave.
         alone: what it gave when fed with the reference's values.
+        types: as `growth` takes them.
     """
     return LayerDrift(
         name=place.name,
@@ -93,7 +100,7 @@ def row(place: Place, exact: Exact, value: torch.Tensor, alone: torch.Tensor) ->
         shape=tuple(value.shape),
         relative_l2=apart(exact.value, value),
         own_relative_l2=exact.own,
-        growth=growth(apart(exact.value, alone), exact.own_alone, value),
+        growth=growth(apart(exact.value, alone), exact.own_alone, value, types),
     )
 
 
@@ -103,13 +110,20 @@ def apart(exact: torch.Tensor, value: torch.Tensor) -> float:
     return distance([exact], [value.to(exact.device, widened(value.dtype))])
 
 
-def growth(error: float, own: float | None, value: torch.Tensor) -> float | None:
+def growth(
+    error: float, own: float | None, value: torch.Tensor, types: Collection[torch.dtype] = ()
+) -> float | None:
     """How many times as much error a layer adds as the unchanged program's, or as rounding.
 
     Args:
         error: what the layer adds, relative.
         own: what the unchanged program's adds at the same place; None where that is not known.
         value: the layer's result, for its dtype and the number of its elements.
+        types: of what is read in the layer, from where it is fed to its result. An operator in
+            float32 that reads float16 is fed with the reference's values rounded to float16, and
+            adds that rounding; so the coarsest of these and the result's own counts. What is cast
+            on as soon as it was cast is left out: nothing computes in that type, and so nothing
+            has reason to be rounded to it.
 
     Returns:
         None for integers and booleans, which are right or wrong, and where the unchanged program's
@@ -120,7 +134,9 @@ def growth(error: float, own: float | None, value: torch.Tensor) -> float | None
     # Where the unchanged program has no error of its own it does not tell how much rounding is
     # usual here, and the error of a few elements may be small by luck.
     units = ROUNDING if not own else max(1.0, ROUNDING / math.sqrt(max(1, value.numel())))
-    return error / max(own or 0.0, units * torch.finfo(value.dtype).eps / 2)
+    floats = [each for each in types if each.is_floating_point or each.is_complex]
+    coarsest = max(torch.finfo(each).eps for each in (value.dtype, *floats))
+    return error / max(own or 0.0, units * coarsest / 2)
 
 
 def drifts(rows: Iterable[LayerDrift], engine: str, reference: str, limit: float) -> LayerDrifts:

@@ -181,7 +181,8 @@ def _compared(
         for place in chunk:
             exact, value = reference.exact(place.target), values[place.name]
             if value.shape == exact.value.shape:
-                yield row(place, exact, value, alone[place.name])
+                types = parts.types_read(place.name, handed_in)
+                yield row(place, exact, value, alone[place.name], types)
             reference.release(place.target)
         for name in handed_in.keys() - needed_later - inputs.keys():
             del handed_in[name]

@@ -26,6 +26,7 @@ COMPUTED = "/computed"
 """What is added to the name of a value that is both fed in and asked for, where it is computed."""
 
 _ELEMENT_NUMBERS = dict(ELEMENT_TYPES.values())
+_DTYPES = {number: getattr(torch, name) for name, number in ELEMENT_TYPES.values()}
 
 
 class OnnxParts:
@@ -57,6 +58,7 @@ class OnnxParts:
         self._made_by = {
             name: index for index, node in enumerate(graph.node) for name in node.output
         }
+        self._types = _types(self.model)
         self._options = BuildOptions(threads=threads)
         self._folder: Path | None = None
 
@@ -115,6 +117,22 @@ class OnnxParts:
         """Which of `feeds` the part that computes `outputs` reads."""
         given = set(feeds)
         return self._needed(outputs, given)[1] & given
+
+    def types_read(self, output: str, feeds: Mapping[str, torch.Tensor]) -> set[torch.dtype]:
+        """The types of what the part which computes `output` from `feeds` reads, as far as the file
+        tells them and as `growth` takes them."""
+        nodes = self.model.graph.node
+        found = set()
+        for index in self._needed([output], feeds)[0]:
+            for name in read_by(nodes[index]):
+                maker = nodes[self._made_by[name]].op_type if name in self._made_by else ""
+                if nodes[index].op_type == maker == "Cast":
+                    continue
+                if name in feeds:
+                    found.add(feeds[name].dtype)
+                elif self._types.get(name) in _DTYPES:
+                    found.add(_DTYPES[self._types[name]])
+        return found
 
     def _needed(self, outputs: Sequence[str], feeds: Iterable[str]) -> tuple[set[int], set[str]]:
         """The nodes that compute `outputs` from `feeds`, and all names that they read."""
@@ -185,6 +203,22 @@ def read_by(node: onnx.NodeProto) -> Iterator[str]:
             names = [name for inner in graph.node for name in read_by(inner)]
             names += [each.name for each in graph.output]
             yield from (name for name in names if name not in own)
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """The number in onnx.TensorProto.DataType of every value whose type the file tells."""
+    graph = model.graph
+    found = {
+        each.name: each.type.tensor_type.elem_type
+        for each in (*graph.value_info, *graph.input, *graph.output)
+    }
+    found |= {each.name: each.data_type for each in graph.initializer}
+    found |= {each.values.name: each.values.data_type for each in graph.sparse_initializer}
+    for node in graph.node:
+        for each in node.attribute:
+            if node.op_type == "Cast" and each.name == "to":
+                found[node.output[0]] = each.i
+    return found
 
 
 def _weights_files(model: onnx.ModelProto) -> list[str]:

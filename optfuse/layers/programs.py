@@ -15,6 +15,7 @@ from optfuse.float64 import run_stepwise
 from optfuse.graph import (
     attribute,
     equals,
+    is_call,
     kind,
     module_path,
     origins,
@@ -24,6 +25,8 @@ from optfuse.layers.drifts import LIMIT, Exact, Place, apart, drifts, row
 from optfuse.stages import LayerDrift, LayerDrifts, Program
 
 REFERENCE = "captured program in float64"
+
+_CAST = torch.ops.aten._to_copy.default
 
 
 def compare_layers(
@@ -219,6 +222,23 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def _types_read(node: fx.Node, fed_at: Collection[fx.Node]) -> set[torch.dtype]:
+    """The types of what is read in a layer, from where it is fed to its result, as `growth` takes
+    them."""
+    found: set[torch.dtype] = set()
+    inside = {node}
+    waiting = [node]
+    while waiting:
+        reader = waiting.pop()
+        for each in reader.all_input_nodes:
+            if _is_tensor(each) and not (is_call(reader, _CAST) and is_call(each, _CAST)):
+                found.add(each.meta["val"].dtype)
+            if each not in fed_at and each not in inside:
+                inside.add(each)
+                waiting.append(each)
+    return found
+
+
 def _in_step(
     reference: ProgramReference,
     graph_module: fx.GraphModule,
@@ -231,16 +251,17 @@ def _in_step(
         place = places.get(node)
         return value if place is None else fed(reference.exact(place.target).value, value)
 
-    def compared(place: Place, value: torch.Tensor, alone: torch.Tensor) -> Iterator[LayerDrift]:
+    def compared(node: fx.Node, value: torch.Tensor, alone: torch.Tensor) -> Iterator[LayerDrift]:
+        place = places[node]
         exact = reference.exact(place.target)
         if value.shape == exact.value.shape:
-            yield row(place, exact, value, alone)
+            yield row(place, exact, value, alone, _types_read(node, places))
         reference.release(place.target)
 
-    for node, place in places.items():
+    for node in places:
         if node.op == "get_attr":
             constant = attribute(graph_module, str(node.target)).detach()
-            yield from compared(place, constant, constant)
+            yield from compared(node, constant, constant)
     runs = zip(
         run_stepwise(graph_module, args, kwargs, widen=False, seed=seed),
         run_stepwise(graph_module, args, kwargs, widen=False, seed=seed, replace=replaced),
@@ -248,7 +269,7 @@ def _in_step(
     )
     for (node, value), (_, alone) in runs:
         if node in places:
-            yield from compared(places[node], value, alone)
+            yield from compared(node, value, alone)
 
 
 def _one_line(error: Exception) -> str:
