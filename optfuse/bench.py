@@ -30,7 +30,14 @@ from optfuse.stages import (
     Report,
     silent,
 )
-from optfuse.subjects import Subject, feeds_of, opened_by, parse_subjects, require_runnable
+from optfuse.subjects import (
+    Subject,
+    feeds_of,
+    first_size,
+    opened_by,
+    parse_subjects,
+    require_runnable,
+)
 
 CONTROL = " (again)"
 """What is added to the first subject's name where it is run against itself."""
@@ -86,9 +93,11 @@ def bench(
             found.
 
     Raises:
-        UsageError: a subject cannot be read, or takes other inputs than it is given.
+        UsageError: a subject cannot be read, or takes other inputs than it is given, or these
+            contradict the batches.
         OptfuseError: nothing could be measured at all.
     """
+    _check(request)
     subjects = parse_subjects(
         request.subjects,
         weights=request.weights,
@@ -126,6 +135,17 @@ def bench(
     if not runs:
         raise failures[0]
     return Outcome(report, tuple(failures))
+
+
+def _check(request: BenchRequest) -> None:
+    """Refuse inputs of another batch than is asked for; 1 stands for any."""
+    rows = first_size(request.inputs)
+    if request.batches and rows not in (None, 1, *request.batches):
+        raise UsageError(
+            f"--batch {','.join(map(str, request.batches))} contradicts --input",
+            f"The first size of the inputs is {rows} there",
+            "Leave one of them out, or write that size as 1",
+        )
 
 
 @dataclass

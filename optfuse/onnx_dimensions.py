@@ -1,4 +1,5 @@
-"""The user's names for the open dimensions of an ONNX file, where torch.onnx has `s77`.
+"""The user's names for the open dimensions of an ONNX file, where torch.onnx has `s77`, and their
+ranges.
 
 A size that follows from them is written as a formula of theirs: `2*N`, `(H//16)`.
 """
@@ -14,15 +15,21 @@ import torch
 from sympy.printing.str import StrPrinter
 
 from optfuse.graph import flat_inputs
-from optfuse.stages import InputSpec, Program
+from optfuse.stages import Dimension, InputSpec, Program
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
     from torch.onnx import ONNXProgram
 
 
+RANGES = "optfuse.dimensions"
+"""Key in an ONNX file's metadata under which its open dimensions stand: `N=1:8:32 H=64:128:256`."""
+
+
 def name_dimensions(onnx_program: ONNXProgram, program: Program) -> None:
-    """Give the sizes of every value the names that the user gave the dimensions of the inputs.
+    """Give the sizes of every value the names that the user gave the dimensions of the inputs, and
+    write the ranges of these into the metadata.
 
     Args:
         onnx_program: what torch.onnx made; changed in place.
@@ -47,6 +54,19 @@ def name_dimensions(onnx_program: ONNXProgram, program: Program) -> None:
                 for size in given
             ]
             value.shape = type(value.shape)(shape)
+    onnx_program.model.metadata_props[RANGES] = " ".join(
+        f"{each.name}={each.least}:{each.usual}:{each.most}" for each in program.sizes.dimensions
+    )
+
+
+def dimensions_of(model: onnx.ModelProto) -> dict[str, Dimension]:
+    """The open dimensions that an ONNX file was exported for, by their names; none where optfuse
+    did not write it."""
+    text = next((each.value for each in model.metadata_props if each.key == RANGES), "")
+    return {
+        name: Dimension(name, int(least), int(usual), int(most))
+        for name, least, usual, most in re.findall(r"(\w+)=(\d+):(\d+):(\d+)", text)
+    }
 
 
 def renamed(text: str, known: Mapping[str, sympy.Expr]) -> str:

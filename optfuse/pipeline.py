@@ -13,6 +13,7 @@ import torch
 from optfuse import backends, cost, memory
 from optfuse.ablate import ablate
 from optfuse.backends import Backend
+from optfuse.backends.nvinfer import NvinferBackend
 from optfuse.builder_findings import BuilderFinding, findings
 from optfuse.capture import capture
 from optfuse.environment import environment
@@ -129,7 +130,8 @@ def run(request: Request, notify: Notify = silent) -> Outcome:
     _check(request)
     engines, left_out = choose(request.engines, request.targets, request.plan.lowest)
     if request.version_compatible or request.hardware_compatible:
-        _require_a_builder(engines)
+        engines, unable = _able_to_build(engines, request)
+        left_out += unable
     _require_something_to_ablate(request)
     machine = environment(request.threads)  # now, so that its load is not our own
     with torch_threads(request.threads):
@@ -157,7 +159,7 @@ def _run(
         notify(f"Capturing {model.name} with torch.export", None)
         captured = capture(model)
         faster = optimize(captured, selected, seed=request.source.seed, notify=notify)
-        plan = _with_data(request, captured)
+        plan, sample_count = _with_data(request, captured)
         inputs = _inputs(captured, engines, plan, found, notify)
         # It takes five runs in step, and has no figure for what a precision costs.
         if not is_large(parameter_bytes) and plan.precision == "fp32":
@@ -217,7 +219,7 @@ def _run(
     if request.ablate:
         _ablate(engines, trial, request, found, notify)
 
-    report = _report(request, machine, interleaved, described, lowered, found)
+    report = _report(request, machine, interleaved, described, lowered, sample_count, found)
     write_text(output / "report.json", schema.dump(report))
     write_text(output / "report.md", markdown.render(report))
     return Outcome(report, (*undone, *found.failures))
@@ -326,13 +328,42 @@ def _check(request: Request) -> None:
         require_file(request.data)
 
 
-def _require_a_builder(engines: Sequence[Backend]) -> None:
-    if not any(engine.builds for engine in engines):
+def _able_to_build(
+    engines: Sequence[Backend], request: Request
+) -> tuple[list[Backend], list[schema.NotMeasured]]:
+    """The engines without those that cannot build the compatible files that are asked for.
+
+    Raises:
+        UsageError: one of those was asked for by name, or no other builds files.
+    """
+    options = BuildOptions(
+        version_compatible=request.version_compatible,
+        hardware_compatible=request.hardware_compatible,
+    )
+    able: list[Backend] = []
+    refused: dict[str, UsageError] = {}
+    for engine in engines:
+        try:
+            if isinstance(engine, NvinferBackend):
+                engine.check_options(options)
+            able.append(engine)
+        except UsageError as error:
+            refused[engine.name] = error
+    without_effect = not any(engine.builds for engine in able)
+    for name, refusal in refused.items():
+        if without_effect or name in request.engines:
+            raise refusal
+    if without_effect:
+        builder = "tensorrt" if request.version_compatible else "tensorrt-rtx"
         raise UsageError(
             "No engine file can be compatible with others",
             "None of the engines of this run builds files",
-            "Add --engine tensorrt-rtx, or leave out what asks for compatible engines",
+            f"Add --engine {builder}, or leave out what asks for compatible engines",
         )
+    reasons = {name: each.cause[0].lower() + each.cause[1:] for name, each in refused.items()}
+    return able, [
+        schema.NotMeasured(name, "optimized", None, reason) for name, reason in reasons.items()
+    ]
 
 
 def _clear(output: Path) -> None:
@@ -388,8 +419,9 @@ def _widened(engines: Sequence[Backend], plan: Plan) -> list[Caveat]:
     ]
 
 
-def _with_data(request: Request, captured: Program) -> Plan:
-    """The plan, with the inputs that the user gave or asked to be drawn.
+def _with_data(request: Request, captured: Program) -> tuple[Plan, int | None]:
+    """The plan, with the inputs that the user gave or asked to be drawn; and how many were given,
+    None for none.
 
     Raises:
         LoadError: the file cannot be read.
@@ -407,10 +439,10 @@ def _with_data(request: Request, captured: Program) -> Plan:
         samples = read_samples(request.data, wanted)
         require_finite(request.data, samples, wanted)
         calibrating, judging = split(samples)
-        return replace(plan, calibration=calibrating, judging=judging)
+        return replace(plan, calibration=calibrating, judging=judging), len(samples)
     if request.random_calibration and plan.lowest == "int8":
-        return with_random_data(plan, _at_usual(captured), request.source.seed)
-    return plan
+        return with_random_data(plan, _at_usual(captured), request.source.seed), None
+    return plan, None
 
 
 def _timing(engines: Sequence[Backend], options: BuildOptions, request: Request) -> Timing | None:
@@ -567,9 +599,10 @@ def _report(
     interleaved: Sequence[Sequence[str]],
     described: _Described,
     lowered: Lowered,
+    sample_count: int | None,
     found: Findings,
 ) -> Report:
-    plan = lowered.plan
+    plan, has_data = lowered.plan, sample_count is not None
     return schema.assemble(
         name=described.name,
         source=request.source,
@@ -587,7 +620,9 @@ def _report(
             "io_precision": plan.io,
             "max_drift": plan.max_drift,
             "data": None if request.data is None else str(request.data),
-            "judged_on": len(plan.judging) if request.data is not None else None,
+            "samples": sample_count,
+            "calibrated_on": len(plan.calibration) if has_data and plan.lowest == "int8" else None,
+            "judged_on": len(plan.judging) if has_data else None,
         },
         inputs=described.inputs,
         dimensions=described.dimensions,

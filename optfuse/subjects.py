@@ -26,6 +26,7 @@ from optfuse.files import sha256
 from optfuse.graph import flat_inputs
 from optfuse.inputs import random_arguments
 from optfuse.load import load
+from optfuse.onnx_dimensions import dimensions_of
 from optfuse.stages import (
     Artifact,
     BuildOptions,
@@ -153,7 +154,7 @@ def opened_by(subject: Subject, folder: Path, batch: int | None = None) -> Progr
         batch: as in `program_of`; a file takes what it was exported or built for.
 
     Raises:
-        UsageError: a file was exported or built for another batch, or leaves a size open that has
+        UsageError: a file was exported or built for other sizes, or leaves a size open that has
             to be known to build an engine.
         ModelError: the model cannot be loaded, captured or exported, or a file cannot be read.
         EngineError: the engine cannot be built, or what lies beside an engine file is missing or
@@ -172,7 +173,8 @@ def opened_by(subject: Subject, folder: Path, batch: int | None = None) -> Progr
         if batch is not None:
             _require_batch(thing, batch)
     if backend.builds and thing.kind == "onnx":
-        options = BuildOptions(shapes=_shapes_fed(thing, subject.inputs, batch))
+        shapes = _shapes_fed(thing, _at_batch(subject.inputs, batch), batch)
+        options = BuildOptions(shapes=shapes)
         [(thing, _), *_] = backend.build(thing, options, folder)
     return thing
 
@@ -191,13 +193,13 @@ def feeds_of(
             file leaves open, and must fit what it does not. Without them, an engine is given the
             sizes that it is fastest at.
         seed: of the random numbers.
-        batch: the size of a first dimension that a file leaves open.
+        batch: the size of a first dimension that a file leaves open, whatever the specs say of it.
 
     Returns:
         CPU tensors in the order of its inputs.
 
     Raises:
-        UsageError: a size is not known, or the specs do not fit the file.
+        UsageError: a size is not known, or the specs do not fit the file; see `require_in_range`.
         EngineError: what lies beside an engine file is missing or was changed.
     """
     if isinstance(thing, Program):
@@ -205,9 +207,44 @@ def feeds_of(
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     wanted = _of_engine if thing.kind == "engine" else _of_onnx
     args, _ = random_arguments(
-        [replace(spec, name=None) for spec in wanted(thing, specs, batch)], seed
+        [replace(spec, name=None) for spec in wanted(thing, _at_batch(specs, batch), batch)], seed
     )
     return list(args)
+
+
+def first_size(specs: Sequence[InputSpec]) -> int | str | None:
+    """The first dimension of the first of these inputs that has one: a batch has its size. Those
+    without a name come first, as they do in a call."""
+    ordered = sorted(specs, key=lambda spec: spec.name is not None)
+    return next((spec.shape[0] for spec in ordered if spec.shape), None)
+
+
+def require_in_range(artifact: Artifact, shapes: Sequence[Sequence[int]]) -> None:
+    """Refuse sizes beyond those that an ONNX file was exported for with `optfuse optimize --dim`.
+
+    An engine would mostly run them, though nobody knows what it gives there.
+
+    Args:
+        artifact: an engine file says it itself when it is run.
+        shapes: of the inputs, in the file's order.
+
+    Raises:
+        UsageError: one is beyond.
+    """
+    dimensions = dimensions_of(_read(artifact.path)) if artifact.kind == "onnx" else {}
+    if not dimensions:
+        return
+    for (_, _, names), shape in zip(onnx_inputs(artifact.path), shapes, strict=True):
+        # An engine says it itself where there are more sizes, or fewer.
+        for name, size in zip(names, shape, strict=False):
+            known = dimensions.get(str(name))
+            if known and not known.least <= size <= known.most:
+                raise UsageError(
+                    f"'{artifact.path}' cannot be run with {name}={size}",
+                    f"It was exported for {name} from {known.least} to {known.most}",
+                    "Choose a size that it was exported for, or export it for others with 'optfuse "
+                    "optimize --dim'",
+                )
 
 
 def onnx_inputs(path: Path) -> list[tuple[str, str, tuple[int | str, ...]]]:
@@ -400,11 +437,11 @@ def _read(path: Path) -> Any:
 
 def _of_onnx(artifact: Artifact, specs: Sequence[InputSpec], batch: int | None) -> list[InputSpec]:
     """The inputs that an ONNX file is run with."""
+    shapes = _shapes(artifact, specs, batch)
+    inputs = onnx_inputs(artifact.path)
     return [
-        InputSpec(
-            given[0], _sizes(artifact, given, _spec_for(given, index, specs), batch), given[1]
-        )
-        for index, given in enumerate(onnx_inputs(artifact.path))
+        InputSpec(name, shape, dtype)
+        for (name, dtype, _), shape in zip(inputs, shapes, strict=True)
     ]
 
 
@@ -428,12 +465,35 @@ def _shapes_fed(
     artifact: Artifact, specs: Sequence[InputSpec], batch: int | None
 ) -> tuple[InputShapes, ...]:
     """What an engine is built for: the shape that each open input is run with, and no other."""
-    found = []
-    for index, given in enumerate(onnx_inputs(artifact.path)):
-        if any(isinstance(size, str) for size in given[2]):
-            sizes = _sizes(artifact, given, _spec_for(given, index, specs), batch)
-            found.append(InputShapes(given[0], sizes, sizes, sizes))
-    return tuple(found)
+    shapes = _shapes(artifact, specs, batch)
+    return tuple(
+        InputShapes(name, fed, fed, fed)
+        for (name, _, shape), fed in zip(onnx_inputs(artifact.path), shapes, strict=True)
+        if any(isinstance(size, str) for size in shape)
+    )
+
+
+def _shapes(
+    artifact: Artifact, specs: Sequence[InputSpec], batch: int | None
+) -> list[tuple[int, ...]]:
+    """The shapes that the inputs of an ONNX file are run with."""
+    found = [
+        _sizes(artifact, given, _spec_for(given, index, specs), batch)
+        for index, given in enumerate(onnx_inputs(artifact.path))
+    ]
+    require_in_range(artifact, found)
+    return found
+
+
+def _at_batch(specs: Sequence[InputSpec], batch: int | None) -> Sequence[InputSpec]:
+    """The inputs with as many rows as a batch has: those with the first size of the first one."""
+    rows = first_size(specs)
+    if batch is None:
+        return specs
+    return [
+        replace(spec, shape=(batch, *spec.shape[1:])) if spec.shape[:1] == (rows,) else spec
+        for spec in specs
+    ]
 
 
 def _spec_for(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from optfuse import backends
 from optfuse.backends.torch_eager import TorchEagerSession
@@ -21,7 +23,7 @@ from optfuse.errors import EngineError, OptfuseError, UsageError
 from optfuse.measure import InProcess, Schedule, interleave
 from optfuse.report import kinds, schema
 from optfuse.roofline import Ceilings
-from optfuse.stages import Report
+from optfuse.stages import InputSpec, Report
 
 MODEL = """
 import torch
@@ -273,6 +275,32 @@ def test_a_batch_that_a_file_was_not_exported_for_ends_it(folder: Path) -> None:
     export_baseline(program_of(parse_subjects(["net.py:build"])[0]), folder / "net.onnx")
     with pytest.raises(UsageError, match="It was exported for a batch of 1"):
         bench(request("net.onnx", batches=(2,)))
+
+
+def test_a_batch_and_inputs_that_contradict_each_other(folder: Path) -> None:
+    inputs = (InputSpec(None, (8, 3, 16, 16)),)
+    with pytest.raises(UsageError) as refused:
+        bench(request("net.py:build", batches=(1, 4), inputs=inputs))
+    assert str(refused.value) == (
+        "--batch 1,4 contradicts --input. The first size of the inputs is 8 there. Leave one of "
+        "them out, or write that size as 1."
+    )
+
+
+def test_every_subject_has_the_batch_that_the_report_says(folder: Path) -> None:
+    shape = ("n", 3, 16, "width")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    opset = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.save(model, folder / "open.onnx")
+    for rows in (1, 4):
+        # What a file leaves open beside the batch has to be said, too.
+        inputs = (InputSpec(None, (rows, 3, 16, 16)),)
+        document = measured("net.py:build", "open.onnx", batches=(1, 4), inputs=inputs)
+        for run in document["runs"]:
+            shapes = [row["inputs"][0]["shape"] for row in run["latency"]]
+            assert shapes == [[run["batch"], 3, 16, 16]] * 2
 
 
 @pytest.mark.parametrize("subjects", [("net.py:gone",), ("gone.onnx",), ("nothing",)])

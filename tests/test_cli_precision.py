@@ -53,7 +53,11 @@ def test_int8_is_calibrated_on_half_of_the_data_and_judged_on_the_other(tmp_path
     assert baseline["relative_l2"] < 1e-5 < 1e-3 < ours["relative_l2"] < 0.1
     # A prediction that int8 turns over is one in a few hundred; at most one of 64 is here.
     assert ours["top1_agreement"] >= 63 / 64
-    printed = typed("report", str(tmp_path)).stdout
+    printed = " ".join(typed("report", str(tmp_path)).stdout.split())
+    assert (
+        "samples of the data (of 896: every other one, and at most 256, evenly spread)" in printed
+    )
+    assert "(of 896: every other one, and at most 64, evenly spread)." in printed
     assert "precision int8: 15 of 15 layers in int8, inputs and outputs in fp32" in printed
     assert "relative L2, top-1 equal" in printed
 

@@ -16,13 +16,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from optfuse import backends
+from optfuse.capture import capture
 from optfuse.diff import DiffRequest, diff
 from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
 from optfuse.export import export, export_baseline
+from optfuse.load import load
 from optfuse.optimize import optimize, select
 from optfuse.precision import floats
 from optfuse.report import schema
 from optfuse.samples import Wanted, read_samples
+from optfuse.stages import Dimension, InputSpec, Source
 from tests.harness import captured, scramble
 
 pytestmark = pytest.mark.skipif(
@@ -120,10 +123,6 @@ def reference(*subjects: str, **options: Any) -> str:
 
 def exported(folder: Path, source: str = NET, name: str = "net.onnx", *inputs: str) -> str:
     """The ONNX file of a model source."""
-    from optfuse.capture import capture
-    from optfuse.load import load
-    from optfuse.stages import Source
-
     return str(export_baseline(capture(load(Source(source))), folder / name).path)
 
 
@@ -415,6 +414,22 @@ def test_the_users_own_inputs(folder: Path) -> None:
 
 def example(rows: int) -> torch.Tensor:
     return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_file_with_open_sizes_is_run_within_the_sizes_it_was_exported_for(folder: Path) -> None:
+    sizes = Dimension("N", 1, 2, 4)
+    source = Source(NET, inputs=(InputSpec(None, ("N", 3, 8, 8)),), dimensions=(sizes,))
+    export_baseline(capture(load(source)), folder / "open.onnx")
+    np.savez("mine.npz", image=example(6).numpy())
+    six, three = ((InputSpec(None, (count, 3, 8, 8)),) for count in (6, 3))
+    for given in (
+        refused(UsageError, "open.onnx", data=Path("mine.npz")),
+        refused(UsageError, NET, "open.onnx", inputs=six),
+    ):
+        assert "cannot be run with N=6. It was exported for N from 1 to 4." in str(given)
+    # With --input, each run takes so many of them.
+    (row,) = compared("open.onnx", data=Path("mine.npz"), inputs=three)
+    assert len(row["samples"]) == 2
 
 
 def test_inputs_that_are_not_finite_are_compared_all_the_same(folder: Path) -> None:

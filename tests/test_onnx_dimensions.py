@@ -21,8 +21,8 @@ from optfuse.errors import UsageError
 from optfuse.float64 import run_float64
 from optfuse.graph import flat_inputs
 from optfuse.inputs import parse_input
-from optfuse.onnx_dimensions import renamed
-from optfuse.stages import Artifact, Program, Source
+from optfuse.onnx_dimensions import dimensions_of, renamed
+from optfuse.stages import Artifact, Dimension, Program, Source
 from tests.harness import scramble
 from tests.open_sizes import opened
 
@@ -152,6 +152,9 @@ def test_a_dimension_of_two_inputs(tmp_path: Path) -> None:
         graph = onnx.load(artifact.path).graph
         assert shapes(graph.input) == {"ids": ["N", "L"], "x": ["N", "L", 8]}
         assert list(shapes(graph.output).values()) == [["2*N", "L", 6], ["N", 8]]
+        # And the file says how far they go.
+        declared = dimensions_of(onnx.load(artifact.path))
+        assert declared == {"N": Dimension("N", 1, 2, 5), "L": Dimension("L", 1, 7, 9)}
         assert_runs_at_every_point(artifact, program)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from optfuse import backends, pipeline, stats, trial
-from optfuse.backends import Backend, Session, onnx_runtime, torch_eager
-from optfuse.errors import EngineError
+from optfuse.backends import Backend, Session, nvinfer, onnx_runtime, torch_eager
+from optfuse.errors import EngineError, UsageError
 from optfuse.precision.plan import Plan
 from optfuse.report import rows
 from optfuse.stages import LoadedModel, Measurement, Program, Source, Variant, silent
@@ -315,3 +315,69 @@ def test_an_engine_that_fails_in_its_turn_leaves_the_others_theirs(
     assert {row["engine"] for row in document["latency"]} == {"onnxruntime"}
     # Nothing is missing that interleaving would have given.
     assert rows.not_measured(document) == ["torch not measured: it failed: Out of memory"]
+
+
+# Options that an engine does not have
+
+RTX, TENSORRT = backends.get("tensorrt-rtx"), backends.get("tensorrt")
+SOURCE = Source("nowhere.py:build")
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both packages of TensorRT, on a machine whose GPU is older than Ampere."""
+    monkeypatch.setattr(nvinfer.NvinferBackend, "unavailable", lambda _self: None)
+    monkeypatch.setattr(nvinfer.NvinferBackend, "cannot_run", lambda _self: None)
+    monkeypatch.setattr(nvinfer, "device_target", lambda: "sm_75")
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "told"),
+    [
+        (
+            "tensorrt-rtx",
+            pipeline.Request(SOURCE, version_compatible=True),
+            "--version-compatible cannot be used with tensorrt-rtx. It loads no engine of an "
+            "earlier release, however that was built. Leave the option out, or use the engine "
+            "tensorrt on the GPU itself: pip install 'optfuse[gpu]'.",
+        ),
+        (
+            "tensorrt",
+            pipeline.Request(SOURCE, hardware_compatible=True),
+            "--hardware-compatible cannot be used with tensorrt here. It builds for later GPUs "
+            "from sm_80 on, and the GPU here is sm_75. Leave the option out, or build on a GPU of "
+            "sm_80 or later.",
+        ),
+    ],
+)
+def test_an_option_that_an_engine_lacks_is_refused_before_anything_is_loaded(
+    turing: None, engine: str, asked: pipeline.Request, told: str
+) -> None:
+    # By name, also beside an engine that has the option; and where no other engine builds files.
+    for engines in (("tensorrt", "tensorrt-rtx"), (engine,), (engine, "torch")):
+        with pytest.raises(UsageError) as refused:
+            pipeline.run(replace(asked, engines=engines))
+        assert str(refused.value) == told
+
+
+def test_an_option_leaves_out_the_engine_that_lacks_it_where_none_is_named(turing: None) -> None:
+    torch_backend = backends.get("torch")
+    everything = [torch_backend, TENSORRT, RTX]
+    for engines in ((), ("auto",)):
+        asked = pipeline.Request(SOURCE, engines=engines)
+        later = replace(asked, version_compatible=True)
+        able, [left_out] = pipeline._able_to_build(everything, later)
+        assert able == [torch_backend, TENSORRT]
+        assert (left_out.engine, left_out.variant) == ("tensorrt-rtx", "optimized")
+        assert left_out.reason == "it loads no engine of an earlier release, however that was built"
+        able, [left_out] = pipeline._able_to_build(
+            everything, replace(asked, hardware_compatible=True)
+        )
+        assert able == [torch_backend, RTX]
+        assert (
+            left_out.reason == "it builds for later GPUs from sm_80 on, and the GPU here is sm_75"
+        )
+        with pytest.raises(
+            UsageError, match="--version-compatible cannot be used with tensorrt-rtx"
+        ):
+            pipeline._able_to_build([torch_backend, RTX], later)

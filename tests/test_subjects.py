@@ -239,6 +239,78 @@ def test_a_file_for_another_batch_is_refused(folder: Path) -> None:
     opened_by(subject("out/model.onnx"), folder, 1)
 
 
+def test_the_batch_is_that_of_every_input_as_long_as_the_first(folder: Path) -> None:
+    specs = (InputSpec(None, ()), InputSpec("x", (1, 4)))
+    thing = opened_by(subject(str(onnx_file(folder / "open.onnx", ("n", "m")))), folder, 6)
+    [feed] = feeds_of(thing, specs, batch=6)
+    assert tuple(feed.shape) == (6, 4)
+    # Another first size than the first input's is no batch's, and an input without a name is first.
+    for specs in (
+        (InputSpec("mask", (1, 2)), InputSpec("x", (3, 4))),
+        (InputSpec("x", (3, 4)), InputSpec(None, (1, 2))),
+    ):
+        [other] = feeds_of(thing, specs, batch=6)
+        assert tuple(other.shape) == (3, 4)
+
+
+RANGES = {"n": (2, 4, 8), "width": (3, 3, 5)}
+
+
+def ranged(path: Path) -> Path:
+    """A file that `--dim n=2:4:8 --dim width=3:3:5` was given for."""
+    model = onnx.load(onnx_file(path, ("n", 4, "width")))
+    written = " ".join(f"{name}={':'.join(map(str, each))}" for name, each in RANGES.items())
+    helper.set_model_props(model, {"optfuse.dimensions": written})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "told"),
+    [
+        ((2, 4, 3), None, None),
+        ((8, 4, 5), None, None),
+        ((1, 4, 4), 8, None),
+        ((1, 4, 3), None, "n=1"),
+        ((9, 4, 3), None, "n=9"),
+        ((4, 4, 6), None, "width=6"),
+        ((1, 4, 4), 64, "n=64"),
+    ],
+)
+@pytest.mark.parametrize(
+    "engine_name", ["onnxruntime", pytest.param("tensorrt-rtx", marks=builds_ahead)]
+)
+def test_a_file_is_not_run_beyond_what_it_was_exported_for(
+    folder: Path,
+    ada: None,
+    engine_name: str,
+    shape: tuple[int, ...],
+    batch: int | None,
+    told: str | None,
+) -> None:
+    ranged(folder / "open.onnx")
+    specs = (InputSpec("x", shape),)
+    [x] = parse_subjects([f"open.onnx@{engine_name}"], inputs=specs)
+
+    def fed() -> list[torch.Tensor]:
+        return feeds_of(opened_by(x, folder, batch), specs, batch=batch)
+
+    if told is None:
+        [feed] = fed()
+        assert tuple(feed.shape) == (batch or shape[0], *shape[1:])
+        return
+    with pytest.raises(UsageError) as refused:
+        fed()
+    name = told.partition("=")[0]
+    least, _, most = RANGES[name]
+    assert str(refused.value) == (
+        f"'open.onnx' cannot be run with {told}. It was exported for {name} from {least} to "
+        f"{most}. Choose a size that it was exported for, or export it for others with 'optfuse "
+        "optimize --dim'."
+    )
+    assert not list(folder.glob("*.engine"))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\x02", b"not an onnx file"])
 def test_what_is_no_onnx_file_is_said(folder: Path, content: bytes) -> None:
     (folder / "bad.onnx").write_bytes(content)
@@ -269,7 +341,7 @@ def test_an_engine_is_given_what_it_is_fastest_at_or_what_the_user_says(folder: 
         ((), None, 4),
         ((), 16, 16),
         ((InputSpec("image", (2, 3, 8, 8), "float16"),), None, 2),
-        ((InputSpec(None, (1, 3, 8, 8), "float16"),), 16, 1),
+        ((InputSpec(None, (1, 3, 8, 8), "float16"),), 16, 16),
         ((InputSpec("mask", (8, 2), "bool"),), None, 4),
     ):
         feeds = feeds_of(thing, specs, batch=batch)
@@ -329,7 +401,7 @@ def ada(monkeypatch: pytest.MonkeyPatch) -> None:
         ((2, 4), None, (), None),
         (("n", 4), 3, (), (3, 4)),
         (("n", "width"), None, (InputSpec("x", (2, 5)),), (2, 5)),
-        (("n", "width"), 3, (InputSpec(None, (2, 5)),), (2, 5)),
+        (("n", "width"), 3, (InputSpec(None, (1, 5)),), (3, 5)),
     ],
     ids=["nothing open", "a batch", "an input", "an input and a batch"],
 )

@@ -15,6 +15,7 @@ from optfuse.backends.engine_file import Built, Here
 from optfuse.backends.nvidia import capability, device_target, gpu_count
 from optfuse.backends.nvinfer_build import (
     build_for_later_gpus,
+    check_gpu_for_later_ones,
     checked_plan,
     configuration,
     inputs_of,
@@ -50,6 +51,7 @@ class NvinferBackend:
         oldest: the first version (major, minor) that will do.
         targets: compute capabilities it builds for ahead of time, without a GPU; empty where it
             builds only on the GPU that is here.
+        later_versions: a later version of its package can load an engine that is built for that.
         keeps: what is worth keeping for the next time: what the builder measured, or the kernels
             that are compiled when an engine is loaded.
     """
@@ -63,6 +65,8 @@ class NvinferBackend:
         extra: str,
         oldest: tuple[int, int],
         targets: tuple[str, ...] = (),
+        *,
+        later_versions: bool,
         keeps: Literal["timing", "runtime"] = "timing",
     ) -> None:
         self.name = name
@@ -72,6 +76,7 @@ class NvinferBackend:
         self.extra = extra
         self.oldest = oldest
         self.targets = targets
+        self.later_versions = later_versions
         self.keeps = keeps
         # One for the whole process: TensorRT keeps using the first logger that it was given.
         self._log: Any = None
@@ -109,18 +114,37 @@ class NvinferBackend:
         return self.unavailable()
 
     def check_target(self, target: str) -> None:
-        """Whether an engine can be built for `target` on a machine without a GPU.
+        """Whether an engine can be built for `target` on a machine without a GPU; an engine without
+        a list builds for the GPU that is here, and says so when it builds.
 
         Raises:
             UsageError: it cannot.
         """
-        if target not in self.targets:
+        if self.targets and target not in self.targets:
             raise UsageError(
                 f"{self.name} cannot build for '{target}'",
                 f"The compute capabilities that it supports are {', '.join(self.targets)}: Turing, "
                 "Ampere, Ada and Blackwell, but not Hopper (sm_90)",
                 "Pass one of them as --target, or use the engine tensorrt on the GPU itself",
             )
+
+    def check_options(self, options: BuildOptions) -> None:
+        """Whether engines can be built here as these options ask for; of targets, see
+        `check_target`.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        if options.version_compatible and not self.later_versions:
+            raise UsageError(
+                f"--version-compatible cannot be used with {self.name}",
+                "It loads no engine of an earlier release, however that was built",
+                "Leave the option out, or use the engine tensorrt on the GPU itself: pip install "
+                "'optfuse[gpu]'",
+            )
+        here = None if self.targets else device_target()
+        if options.hardware_compatible and here is not None:
+            check_gpu_for_later_ones(self.name, here)
 
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
@@ -130,8 +154,8 @@ class NvinferBackend:
 
         Raises:
             EngineError: with the parser's or the builder's own reason.
-            UsageError: a target that this engine cannot be built for, or shapes that contradict
-                each other or the network.
+            UsageError: a target or an option that this engine cannot be built for, or shapes that
+                contradict each other or the network.
             OutputError: the file cannot be written.
         """
         missing = self.unavailable()
@@ -139,6 +163,7 @@ class NvinferBackend:
             raise EngineError(
                 f"{self.name} cannot build an engine", missing, "Install it, or leave it out"
             )
+        self.check_options(options)
         targets = self._targets(options)
         check_shapes(options.shapes)
         built: list[tuple[Artifact, EngineReport]] = []
@@ -191,7 +216,7 @@ class NvinferBackend:
             )
 
     def _targets(self, options: BuildOptions) -> tuple[str, ...]:
-        for target in options.targets if self.targets else ():
+        for target in options.targets:
             self.check_target(target)
         if self.targets and options.targets:
             return tuple(dict.fromkeys(options.targets))
@@ -274,7 +299,7 @@ class NvinferBackend:
         """Tell the builder which GPUs to build for; gives the least compute capability."""
         if not self.targets:
             if options.hardware_compatible:
-                return build_for_later_gpus(trt, config, target, failed)
+                return build_for_later_gpus(trt, config, failed)
             return target
         later = self.targets[self.targets.index(target) + 1 :]
         wanted = (target, *(later if options.hardware_compatible else ()))

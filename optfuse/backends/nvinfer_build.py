@@ -25,7 +25,7 @@ from optfuse.backends.nvinfer_log import (
 )
 from optfuse.backends.nvinfer_session import TORCH_DTYPES
 from optfuse.backends.profiles import add_profile, check_network
-from optfuse.errors import EngineError
+from optfuse.errors import EngineError, UsageError
 from optfuse.stages import BuildOptions, InputShapes
 
 LEAVE_OUT = "Change the model at that place, or leave this engine out"
@@ -129,8 +129,23 @@ def target_capabilities(trt: Any, config: Any, targets: Sequence[str]) -> bool:
     return all(accepted)
 
 
-def build_for_later_gpus(trt: Any, config: Any, target: str, failed: str) -> str:
-    """Tell a builder that builds on the GPU itself that other GPUs should run the engine too.
+def check_gpu_for_later_ones(engine: str, target: str) -> None:
+    """Whether a builder that builds on the GPU itself can build there for later ones too.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if capability(target) < _OLDEST_COMPATIBLE:
+        raise UsageError(
+            f"--hardware-compatible cannot be used with {engine} here",
+            f"It builds for later GPUs from sm_{_OLDEST_COMPATIBLE} on, and the GPU here is "
+            f"{target}",
+            f"Leave the option out, or build on a GPU of sm_{_OLDEST_COMPATIBLE} or later",
+        )
+
+
+def build_for_later_gpus(trt: Any, config: Any, failed: str) -> str:
+    """Tell a builder that builds on the GPU itself that later GPUs should run the engine too.
 
     Returns:
         The least compute capability that will run it.
@@ -139,11 +154,10 @@ def build_for_later_gpus(trt: Any, config: Any, target: str, failed: str) -> str
         EngineError: it cannot.
     """
     levels = getattr(trt, "HardwareCompatibilityLevel", None)
-    if levels is None or capability(target) < _OLDEST_COMPATIBLE:
+    if levels is None:
         raise EngineError(
             failed,
-            f"Engines for later GPUs too can be built from sm_{_OLDEST_COMPATIBLE} on, with a "
-            f"package that knows hardware compatibility, and the GPU here is {target}",
+            "This version of the package doesn't know hardware compatibility",
             "Leave hardware compatibility out",
         )
     config.hardware_compatibility_level = levels.AMPERE_PLUS

@@ -10,5 +10,6 @@ BACKEND: Backend = NvinferBackend(
     package="tensorrt",
     extra="gpu",
     oldest=(10, 8),
+    later_versions=True,
     keeps="timing",
 )

@@ -15,6 +15,7 @@ BACKEND = NvinferBackend(
     extra="rtx",
     oldest=(1, 1),
     targets=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+    later_versions=False,  # NVIDIA's page on engine compatibility says so
     keeps="runtime",
 )
 

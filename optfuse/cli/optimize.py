@@ -121,7 +121,8 @@ def optimize(
         bool,
         typer.Option(
             "--version-compatible",
-            help="Build TensorRT engines that later versions of the package load, too.",
+            help="Build TensorRT engines that later versions of the package load, too; "
+            "TensorRT-RTX has none such.",
             rich_help_panel=ENGINES,
         ),
     ] = False,
@@ -165,8 +166,8 @@ def optimize(
     # A model may print while it is loaded or run; standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr), progress(shown=not quiet) as notify:
         from optfuse.environment import available_threads
-        from optfuse.precision.plan import plan_of
         from optfuse.pipeline import Request, run
+        from optfuse.precision.plan import plan_of
 
         outcome = run(
             Request(

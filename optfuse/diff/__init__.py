@@ -47,6 +47,7 @@ from optfuse.subjects import (
     onnx_inputs,
     opened_by,
     parse_subjects,
+    require_in_range,
     require_runnable,
 )
 
@@ -205,13 +206,24 @@ def _runs(first: Program | Artifact, request: DiffRequest) -> list[Inputs]:
         if request.samples is not None:
             seeds = range(request.seed, request.seed + request.samples)
             given = [list(random_inputs(tuple(examples), {}, seed)[0]) for seed in seeds]
+    if isinstance(first, Artifact):
+        for tensors in given:
+            require_in_range(first, [tuple(tensor.shape) for tensor in tensors])
     return [dict(zip(names, tensors, strict=True)) for tensors in given]
 
 
 def _wanted(first: Program | Artifact, request: DiffRequest) -> list[Wanted]:
-    """The inputs that one run takes, in order."""
+    """The inputs that one run takes, in order; with a file's open sizes as --input has them, or
+    left open."""
     if isinstance(first, Artifact) and first.kind == "onnx":
-        return [Wanted(name, dtype, shape) for name, dtype, shape in onnx_inputs(first.path)]
+        own = onnx_inputs(first.path)
+        if not request.inputs:
+            return [Wanted(name, dtype, shape) for name, dtype, shape in own]
+        fed = feeds_of(first, request.inputs, request.seed)
+        return [
+            Wanted(name, dtype, tuple(each.shape))
+            for (name, dtype, _), each in zip(own, fed, strict=True)
+        ]
     examples = feeds_of(first, request.inputs, request.seed)
     if isinstance(first, Program):
         leaves = flat_inputs(first.graph_module, first.example_args, first.example_kwargs)

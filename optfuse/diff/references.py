@@ -16,7 +16,7 @@ from optfuse.layers import compare_file, compare_files, compare_layers, compare_
 from optfuse.layers.onnx_float64 import run_file_float64
 from optfuse.layers.programs import REFERENCE
 from optfuse.stages import Artifact, BuildOptions, LayerDrifts, Program
-from optfuse.subjects import Subject, program_of
+from optfuse.subjects import Subject, program_of, require_in_range
 
 Inputs = Mapping[str, torch.Tensor]
 """One run's inputs by their names, in the reference's order."""
@@ -78,7 +78,10 @@ def outputs_of(opened: Opened, runs: Sequence[Inputs], threads: int) -> list[Out
     with backend.open(opened.thing, BuildOptions(threads=threads)) as session:
         found = []
         for inputs in runs:
-            session.bind(_fitted(session.inputs, inputs, opened.name))
+            feeds = _fitted(session.inputs, inputs, opened.name)
+            if isinstance(opened.thing, Artifact):
+                require_in_range(opened.thing, [tuple(feed.shape) for feed in feeds])
+            session.bind(feeds)
             session.run()
             tensors, names = session.fetch(), tuple(session.outputs)
             if len(names) != len(tensors):

@@ -13,7 +13,7 @@ from typing import Any
 
 from optfuse.report.builder import findings
 from optfuse.report.convolutions import convolutions
-from optfuse.report.precision import facts, precision
+from optfuse.report.precision import facts, passed_over, precision
 from optfuse.report.recommendation import recommendation, sentence
 from optfuse.report.table import (
     NONE,
@@ -363,8 +363,10 @@ def drift(document: Document, *, brief: bool = False) -> Table:
     notes = [f"The reference is the {reference}." for reference in references]
     judged_on = document["settings"].get("judged_on")
     if judged_on:
+        settings = document["settings"]
         samples = "1 sample" if judged_on == 1 else f"{judged_on} samples"
-        notes.append(printable(f"Taken on {samples} of {document['settings']['data']}."))
+        left_out = passed_over(judged_on, settings.get("samples"))
+        notes.append(printable(f"Taken on {samples} of {settings['data']}{left_out}."))
     return table("Drift", columns, rows, empty="Drift was not measured.", notes=notes)
 
 

@@ -291,7 +291,23 @@ def test_which_gpus_a_build_for_later_ones_names() -> None:
 
 
 @builds_ahead
-def test_rtx_has_no_runtime_for_later_versions(tmp_path: Path) -> None:
+def test_rtx_has_no_engines_for_later_versions(tmp_path: Path) -> None:
+    options = replace(SM_89, version_compatible=True)
+    with pytest.raises(UsageError) as refused:
+        RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path / "engines")
+    assert str(refused.value) == (
+        "--version-compatible cannot be used with tensorrt-rtx. It loads no engine of an earlier "
+        "release, however that was built. Leave the option out, or use the engine tensorrt on the "
+        "GPU itself: pip install 'optfuse[gpu]'."
+    )
+    assert not (tmp_path / "engines").exists()
+
+
+@builds_ahead
+def test_a_package_without_its_runtime_for_later_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RTX, "later_versions", True)  # it has not that runtime, and says so
     options = replace(SM_89, version_compatible=True)
     with pytest.raises(EngineError) as refused:
         RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path / "engines")
@@ -320,14 +336,23 @@ def test_a_gpu_older_than_hardware_compatibility(
     tmp_path: Path, fake: "FakeTensorRT", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(EngineError, match="can be built from sm_80 on") as refused:
+    with pytest.raises(UsageError) as refused:
         TENSORRT.build(
             residual_block(tmp_path / "block.onnx"),
             BuildOptions(hardware_compatible=True),
             tmp_path / "engines",
         )
-    assert refused.value.next_step == "Leave hardware compatibility out"
+    assert str(refused.value) == (
+        "--hardware-compatible cannot be used with tensorrt here. It builds for later GPUs from "
+        "sm_80 on, and the GPU here is sm_75. Leave the option out, or build on a GPU of sm_80 or "
+        "later."
+    )
     assert not (tmp_path / "engines").exists()
+
+
+def test_a_package_that_does_not_know_hardware_compatibility() -> None:
+    with pytest.raises(EngineError, match="doesn't know hardware compatibility"):
+        nvinfer_build.build_for_later_gpus(SimpleNamespace(), SimpleNamespace(), "failed")
 
 
 @builds_ahead
