@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ from optfuse.graph import (
     take_over,
 )
 from optfuse.passes import Match, Pass, Refusal
-from optfuse.stages import Involved, Notify, Point, Program, Refused, Site, Step, silent
+from optfuse.stages import Involved, Notify, Point, Program, Refused, Rewrite, Site, Step, silent
 
 PROOF_LIMIT = 1e-10
 ROUND_LIMIT = 10
@@ -57,6 +57,15 @@ ROUND_LIMIT = 10
 REWRITES_PER_NODE = 4
 """A pass that rewrites more often than this for each node it was given will never come to an end;
 one that does takes away a node with each rewrite, or leaves one where it matches no more."""
+
+
+Left = Callable[[Rewrite], str | None]
+"""Why a rewrite is not to be done, as a clause that a user understands; None where it is."""
+
+
+def leave_nothing(rewrite: Rewrite) -> str | None:  # noqa: ARG001 it is a `Left`
+    """Every rewrite that a pass finds is done."""
+    return None
 
 
 def select(text: str) -> list[Pass]:
@@ -109,6 +118,7 @@ def optimize(
     program: Program,
     selected: Sequence[Pass],
     *,
+    left: Left = leave_nothing,
     seed: int = 0,
     notify: Notify = silent,
 ) -> Program:
@@ -117,6 +127,8 @@ def optimize(
     Args:
         program: what capture gave; it and the model behind it stay as they are.
         selected: passes in the order they run.
+        left: asked before each rewrite of the program's own graph; where it gives a reason, the
+            rewrite is refused with it.
         seed: of the random inputs of the proof.
         notify: told which pass runs.
 
@@ -128,7 +140,7 @@ def optimize(
     Raises:
         ModelError: the program cannot be run in float64, so that nothing can be proved.
     """
-    run = _Run(program, seed)
+    run = _Run(program, left, seed)
     waiting = True
     number = 0
     while waiting and number < ROUND_LIMIT:
@@ -157,6 +169,7 @@ class _Run:
     """One call of `optimize`: the graph being rewritten, and what was seen on the way."""
 
     program: Program
+    left: Left
     seed: int
     graph_module: fx.GraphModule = field(init=False)
     version: int = 0
@@ -211,7 +224,11 @@ class _Run:
         """Run one pass to its own fixed point, prove it, record it; whether it changed anything."""
         started = time.perf_counter()
         before = sum(operators(self.graph_module).values())
-        attempts = [_Attempt(each, Edit(body.graph_module)) for body in self.bodies]
+        attempts = [
+            # A branch's nodes have names of their own, that `left` knows nothing of.
+            _Attempt(each, Edit(body.graph_module), leave_nothing if body.path else self.left)
+            for body in self.bodies
+        ]
         relative_l2, undone = self._attempt(attempts)
         changed = undone is None and any(attempt.sites for attempt in attempts)
         if undone is not None:
@@ -417,6 +434,7 @@ class _Attempt:
 
     each: Pass
     edit: Edit
+    left: Left
     sites: list[Site] = field(default_factory=list)
     refused: tuple[Refused, ...] = ()
     kept: fx.Graph | None = None
@@ -459,9 +477,15 @@ class _Attempt:
                 involved = _involved(node, [node], outcome.about)
                 refused.append(Refused(describe(node), outcome.reason, involved))
             elif outcome is not None:
-                self.kept = self.kept or copied(self.edit.graph)
                 place = outcome.nodes[outcome.anchor]
-                site = Site(describe(place), outcome.note, _involved(place, outcome.nodes))
+                involved = _involved(place, outcome.nodes)
+                rewrite = Rewrite(self.each.name, outcome.options, frozenset(involved.origins))
+                reason = self.left(rewrite)
+                if reason is not None:
+                    refused.append(Refused(describe(place), reason, involved))
+                    continue
+                self.kept = self.kept or copied(self.edit.graph)
+                site = Site(describe(place), outcome.note, involved, rewrite)
                 self.sites.append(site)
                 instead = _rewrite(self.each, self.edit, outcome)
                 self.sites[-1] = replace(site, involved=_involved(place, outcome.nodes, instead))

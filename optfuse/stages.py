@@ -171,12 +171,28 @@ class Involved:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """What tells one rewrite from every other, whatever other rewrites come before it.
+
+    Attributes:
+        name: of the pass.
+        options: those of the pass without which it would not be.
+        origins: the nodes of the captured program that went into the operators it replaces.
+    """
+
+    name: str
+    options: frozenset[str]
+    origins: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Site:
     """A place in the graph where a pass matched: the node's name and what was done there."""
 
     site: str
     note: str = ""
     involved: Involved | None = None
+    rewrite: Rewrite | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from optfuse.float64 import distance, run_float64
 from optfuse.graph import Edit, equals, is_call, value
 from optfuse.optimize import REWRITES_PER_NODE, optimize, select
 from optfuse.passes import ORDER, Match, Pass, Refusal
-from optfuse.stages import LoadedModel, Program, Step
+from optfuse.stages import LoadedModel, Program, Rewrite, Step
 from tests.harness import captured, counts, float64_distance, optimized, scramble
 
 aten = torch.ops.aten
@@ -872,3 +872,54 @@ def test_running_the_optimized_program_does_not_count_for_the_original() -> None
     for program in (before, after):
         assert torch.equal(program.graph_module(x), x * 1.5)
     assert torch.equal(model.runs, torch.full((1,), 0.5))
+
+
+# What is left alone because the caller says so
+
+
+def test_a_rewrite_that_is_not_to_be_done_is_refused_with_the_callers_reason() -> None:
+    program = captured(TwoSigmoids(), numbers(2, 4))
+    asked: list[Rewrite] = []
+
+    def left(rewrite: Rewrite) -> str | None:
+        asked.append(rewrite)
+        return "it did not pay" if rewrite.origins == {"sigmoid_1"} else None
+
+    after = optimize(program, [sigmoid_to_tanh()], left=left)
+    found = step_of(after, "sigmoid_to_tanh")
+    assert [site.site for site in found.sites] == ["sigmoid"]
+    assert [(refused.site, refused.reason) for refused in found.refused] == [
+        ("sigmoid_1", "it did not pay")
+    ]
+    assert counts(after)["sigmoid"] == 1
+    assert found.sites[0].rewrite == Rewrite("sigmoid_to_tanh", frozenset(), frozenset({"sigmoid"}))
+    assert set(asked) == {
+        Rewrite("sigmoid_to_tanh", frozenset(), frozenset({name}))
+        for name in ("sigmoid", "sigmoid_1")
+    }
+    assert float64_distance(program, after) < 1e-14  # a few roundings in float64
+
+
+def test_a_rewrite_is_known_by_what_was_captured_whatever_came_before_it() -> None:
+    """The same place is named alike with and without the folding that replaced its convolution."""
+    block = scramble(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    program = captured(block, numbers(2, 3, 8, 8))
+
+    def fused(text: str) -> list[Rewrite | None]:
+        after = optimized(program, text)
+        return [site.rewrite for site in step_of(after, "fuse_conv_activation").sites]
+
+    (alone,) = fused("all")
+    assert alone is not None
+    norm = {"_native_batch_norm_legit_no_training", "getitem"}
+    assert alone.origins == {"conv2d", "relu"} | norm
+    assert fused("fold_conv_bn,fuse_conv_activation") == [alone]
+
+
+def test_the_branches_of_a_program_are_not_asked_about() -> None:
+    class Either(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda y: y.sigmoid(), lambda y: -y.sigmoid(), (x,))
+
+    after = optimize(captured(Either(), numbers(2, 4)), [sigmoid_to_tanh()], left=lambda _: "no")
+    assert step_of(after, "sigmoid_to_tanh").matched == 2

@@ -45,11 +45,13 @@ class Match:
         nodes: every operator that the rewrite replaces; the new ones are put in front of
             `nodes[anchor]`.
         note: what is done here, as the report says it, e.g. `into conv2d_3`.
+        options: those of the pass without which it would leave this place alone.
     """
 
     nodes: tuple[fx.Node, ...]
     note: str
     anchor: int = -1
+    options: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -526,12 +526,7 @@ class CombineParallelConvs(Pass):
 
     def _why_not(self, settings: Settings, others: int) -> str | None:
         """Why layers with these settings are not combined with each other."""
-        obstacles: dict[str, str] = {}
-        if any(size != 1 for size in settings.kernel):
-            kernel = "x".join(map(str, settings.kernel))
-            obstacles["any_kernel"] = f"its kernel is {kernel}, not 1x1"
-        if settings.groups != 1:
-            obstacles["grouped"] = f"it has {settings.groups} groups, not one"
+        obstacles = _obstacles(settings)
         missing = [option for option in obstacles if option not in self.options]
         if not missing:
             return None
@@ -578,6 +573,17 @@ class CombineParallelConvs(Pass):
         return self._combined[key]
 
 
+def _obstacles(settings: Settings) -> dict[str, str]:
+    """The options that layers with these settings are combined with only, and why."""
+    obstacles = {}
+    if any(size != 1 for size in settings.kernel):
+        kernel = "x".join(map(str, settings.kernel))
+        obstacles["any_kernel"] = f"its kernel is {kernel}, not 1x1"
+    if settings.groups != 1:
+        obstacles["grouped"] = f"it has {settings.groups} groups, not one"
+    return obstacles
+
+
 def _by_ending(layers: Iterable[Layer]) -> list[list[Layer]]:
     """The layers that may be combined with each other, going by what would be fused into them."""
     parts: dict[Hashable, list[Layer]] = {}
@@ -613,6 +619,7 @@ def _match_group(group: Group) -> Combine:
         anchor=0,
         note=f"{len(members)} {first.settings.what} into one of {size} {first.unit}{behind}"
         f"{stay if group.apart else ''}",
+        options=frozenset(_obstacles(first.settings)),
         members=members,
         activation=endings[0].nodes if endings else (),
     )

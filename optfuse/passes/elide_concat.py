@@ -405,6 +405,7 @@ def _match_partial(concat: Concat) -> Partial | Refusal | None:
         nodes=(concat.node, *users),
         anchor=0,
         note=f"{len(layers)} layers on it into a sum over its {len(concat.tensors)} inputs",
+        options=frozenset({"partial"}),
         concat=concat,
         layers=tuple(layers),
     )

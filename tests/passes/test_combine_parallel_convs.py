@@ -525,7 +525,22 @@ def test_any_kernel_combines_other_sizes_too() -> None:
         "its kernel is 3x3, not 1x1 (the option any_kernel would combine it with 1 more on the "
         "same tensor)"
     ]
-    check(before, {"conv2d": 1, "split_with_sizes": 1}, ANY_KERNEL)
+    after = check(before, {"conv2d": 1, "split_with_sizes": 1}, ANY_KERNEL)
+    assert needed(after) == [{"any_kernel"}]
+
+
+def needed(after: Program) -> list[frozenset[str]]:
+    """The options that each rewrite needed."""
+    return [site.rewrite.options for site in step(after, PASS).sites if site.rewrite]
+
+
+def test_a_rewrite_says_which_options_it_needed() -> None:
+    before = parallel(nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1, groups=2))
+    every = f"{ANY_KERNEL},{GROUPED}"
+    assert needed(optimized(before, every)) == [{"grouped"}]
+    before = parallel(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 3, groups=2))
+    assert needed(optimized(before, every)) == [{"any_kernel", "grouped"}]
+    assert needed(optimized(parallel(pointwise(2), pointwise(3)), every)) == [frozenset()]
 
 
 def test_same_padding_of_one_side_more() -> None:

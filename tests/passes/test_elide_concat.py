@@ -388,6 +388,8 @@ def test_partial_sums_convolutions_of_the_inputs() -> None:
     after = check(before, {"conv2d": 6, "add": 4}, PARTIAL, SUMMED_OTHERWISE)
     (site,) = step(after, PASS).sites
     assert site.note == "2 layers on it into a sum over its 3 inputs"
+    assert site.rewrite is not None
+    assert site.rewrite.options == {"partial"}
 
 
 def test_partial_of_a_linear_layer_on_features() -> None:
