@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	    --threads 1 --output out/googlenet
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # On a machine with an NVIDIA GPU, with what is installed there: nothing is downloaded.
 HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

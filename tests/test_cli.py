@@ -121,7 +121,9 @@ def test_a_run_leaves_the_files_that_the_report_lists(folder: Path) -> None:
     assert "net_of_cli_tests" in (folder / "results" / "report.md").read_text()
 
 
-def test_ablate_measures_each_pass_and_every_run_compares_the_layers(folder: Path) -> None:
+def test_ablate_measures_each_pass_and_every_run_compares_the_layers(
+    folder: Path, short_rounds: None
+) -> None:
     result = optimized(
         *("net_of_cli_tests.py:build", "--output", "results", "--ablate", "--duration", "1"),
         *("--threads", "1", "--passes", "fold_conv_bn,combine_parallel_convs"),
@@ -160,7 +162,7 @@ def test_ablate_needs_time_and_passes(folder: Path, arguments: tuple[str, ...], 
 
 
 def test_what_makes_a_latency_doubtful_is_in_the_report(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def doubtful(measurements: Any, before: Any, after: Any, **options: Any) -> list[Caveat]:
         assert after.taken_seconds > before.taken_seconds

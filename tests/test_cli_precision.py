@@ -62,7 +62,7 @@ def test_int8_is_calibrated_on_half_of_the_data_and_judged_on_the_other(tmp_path
     assert "relative L2, top-1 equal" in printed
 
 
-def test_a_mixture_shows_its_curve_and_its_choice(tmp_path: Path) -> None:
+def test_a_mixture_shows_its_curve_and_its_choice(tmp_path: Path, short_rounds: None) -> None:
     document = optimized(
         tmp_path,
         *("--precision", "mixed", "--max-drift", "0.02", "--data", DATA, "--duration", "1"),
@@ -111,7 +111,7 @@ def test_random_calibration_is_a_warning_in_the_report(tmp_path: Path) -> None:
 
 
 def test_auto_recommends_from_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torch-compile is among them and compiles for half a minute: it has tests of its own.
     few = {name: backends.BACKENDS[name] for name in ("torch", "onnxruntime")}

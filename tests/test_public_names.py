@@ -22,15 +22,30 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         _ = optfuse.optimise
 
 
-@pytest.mark.parametrize(
-    "before", ["pass", "import optfuse.optimize", "import optfuse.pipeline", "optfuse.capture"]
-)
-def test_functions_win_over_the_files_they_share_a_name_with(before: str) -> None:
-    script = (
-        f"import optfuse\n{before}\n"
-        "from optfuse import capture, load, optimize\n"
-        "assert all(map(callable, (capture, load, optimize, optfuse.export, optfuse.measure)))\n"
-        "from optfuse.optimize import PROOF_LIMIT\n"
-    )
+ORDERS = ("pass", "import optfuse.optimize", "import optfuse.pipeline", "optfuse.capture")
+
+SCRIPT = """
+import os, torch
+
+for before in {orders}:
+    if os.fork() == 0:
+        break
+    _, status = os.wait()
+    assert os.waitstatus_to_exitcode(status) == 0, before
+else:
+    raise SystemExit
+
+import optfuse
+exec(before)
+from optfuse import capture, load, optimize
+assert all(map(callable, (capture, load, optimize, optfuse.export, optfuse.measure)))
+from optfuse.optimize import PROOF_LIMIT
+"""
+
+
+def test_functions_win_over_the_files_they_share_a_name_with() -> None:
+    """Whatever is imported first. Each order has a process of its own, and all come from one that
+    imported PyTorch."""
     root = Path(__file__).parent.parent
+    script = SCRIPT.format(orders=ORDERS)
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=root, check=True)

@@ -32,6 +32,7 @@ from optfuse.stages import (
     LayerHistory,
     Measurement,
     Report,
+    Site,
     Source,
     Step,
 )
@@ -326,7 +327,7 @@ def step_document(step: Step) -> dict[str, Any]:
         "name": step.name,
         "settings": step.settings,
         "matched": step.matched,
-        "sites": [asdict(site) for site in step.sites],
+        "sites": [_site_document(site) for site in step.sites],
         "refused": [asdict(refused) for refused in step.refused],
         "operators_before": step.operators_before,
         "operators_after": step.operators_after,
@@ -335,6 +336,12 @@ def step_document(step: Step) -> dict[str, Any]:
         "undone": step.undone,
     }
     plain: dict[str, Any] = strict(document)
+    return plain
+
+
+def _site_document(site: Site) -> dict[str, Any]:
+    plain = asdict(site)
+    del plain["rewrite"]  # what it is made of stands in `involved`
     return plain
 
 
