@@ -43,8 +43,8 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.latency_agrees
 
-# docs/benchmarks.md: optfuse beside its peers. Goes on where it was stopped; two hours in all, and
-# the machine should have nothing else to do.
+# docs/benchmarks.md: optfuse beside its peers. Goes on where it was stopped; an hour and a half in
+# all, and the machine should have nothing else to do.
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.peers
 

@@ -4,7 +4,7 @@
 
 Prints a line a network and batch. Stopped and started again it goes on where it was; with other
 sources or versions, or with --fresh, it begins anew. With --only the documents are left as they
-are. Leave the machine alone meanwhile: it measures for about two hours.
+are. Leave the machine alone meanwhile: it measures for an hour and a half.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _geometric_means(rows: Rows) -> str:
     measured = [row for row in rows.values() if row["outcome"] == "measured"]
     lines = [
         "## Over all of them\n",
-        "*of* says how many networks and batches a row is of: where a contender cannot run, or "
+        "*of* says how many networks and batches a row is of: where a contender cannot run, or\n"
         f"takes more than {TOO_SLOW:.0f} times as long as the reference, it is not in the mean.\n",
         "| made by | engine | precision | times as fast, geometric mean | least | most | of |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
