@@ -66,10 +66,10 @@ def plain(path: str) -> Block:
 def ours(path: str) -> Block:
     """What optfuse times, warmed up."""
     from optfuse import backends
+    from optfuse.feeds import feeds_of
     from optfuse.files import sha256
     from optfuse.measure import InProcess, Schedule
     from optfuse.stages import Artifact, BuildOptions
-    from optfuse.subjects import feeds_of
 
     file = Path(path)
     artifact = Artifact(file, "onnx", sha256(file), file.stat().st_size)

@@ -15,6 +15,7 @@ from optfuse import backends, cost, onnx_cost, stats
 from optfuse.diagnose import diagnose
 from optfuse.environment import activity, environment
 from optfuse.errors import OptfuseError, UsageError
+from optfuse.feeds import feeds_of, first_size
 from optfuse.isolated import Isolated, Job
 from optfuse.measure import InProcess, Schedule, Timed, interleave
 from optfuse.report.bench import BatchRun, Contender, NotRun, Versus, Work, assemble
@@ -30,14 +31,7 @@ from optfuse.stages import (
     Report,
     silent,
 )
-from optfuse.subjects import (
-    Subject,
-    feeds_of,
-    first_size,
-    opened_by,
-    parse_subjects,
-    require_runnable,
-)
+from optfuse.subjects import Subject, opened_by, parse_subjects, require_runnable
 
 CONTROL = " (again)"
 """What is added to the first subject's name where it is run against itself."""

@@ -13,7 +13,6 @@ import torch
 from optfuse import backends, cost, memory
 from optfuse.ablate import ablate
 from optfuse.backends import Backend
-from optfuse.backends.nvinfer import NvinferBackend
 from optfuse.builder_findings import BuilderFinding, findings
 from optfuse.capture import capture
 from optfuse.environment import environment
@@ -30,11 +29,12 @@ from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs, operators, placeholders
 from optfuse.layers import compare_layers
 from optfuse.load import load
-from optfuse.lower import Lowered, Timing, lower, told, with_random_data
+from optfuse.lower import Timing, lower, with_random_data
 from optfuse.measure import Schedule
 from optfuse.optimize import optimize, select
 from optfuse.passes import Pass
 from optfuse.precision.int8 import SCHEMES
+from optfuse.precision.lowered import Lowered, told
 from optfuse.precision.plan import Plan, check
 from optfuse.precision.trials import float64_outputs, split
 from optfuse.recommend import Recommendation, recommend
@@ -344,8 +344,7 @@ def _able_to_build(
     refused: dict[str, UsageError] = {}
     for engine in engines:
         try:
-            if isinstance(engine, NvinferBackend):
-                engine.check_options(options)
+            engine.check_options(options)
             able.append(engine)
         except UsageError as error:
             refused[engine.name] = error

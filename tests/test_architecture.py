@@ -27,7 +27,7 @@ LEVELS = (
     ("ablate", "roofline", "subjects", "gate", "trial"),
     (
         *("load", "capture", "optimize", "export", "measure", "diagnose", "compare"),
-        *("explain", "report", "layers", "limits"),
+        *("explain", "report", "layers", "limits", "feeds"),
     ),
     (
         *("passes", "backends", "inputs", "normalize", "cost", "constraints", "onnx_dimensions"),

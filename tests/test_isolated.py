@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from optfuse.errors import EngineError, LoadError
+from optfuse.feeds import feeds_of
 from optfuse.isolated import Isolated, Job
 from optfuse.measure import Schedule, interleave
 from optfuse.stages import Artifact
-from optfuse.subjects import feeds_of, opened_by, parse_subjects
+from optfuse.subjects import opened_by, parse_subjects
 
 MODEL = """
 import os, sys

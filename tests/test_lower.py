@@ -18,13 +18,12 @@ from optfuse import backends
 from optfuse.compare import drift
 from optfuse.errors import UsageError
 from optfuse.lower import (
-    Lowered,
     Timing,
     lower,
-    told,
     with_random_data,
 )
 from optfuse.precision import trials
+from optfuse.precision.lowered import Lowered, told
 from optfuse.precision.plan import Plan, check
 from optfuse.stages import Artifact, BuildOptions, Program
 from tests.harness import captured, optimized

@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 from optfuse.backends import engine_file, nvinfer
 from optfuse.backends.engine_file import Built, EngineInput
 from optfuse.errors import EngineError, LoadError, OptfuseError, UsageError
+from optfuse.feeds import feeds_of, onnx_inputs
 from optfuse.stages import Artifact, InputShapes, InputSpec, Program
-from optfuse.subjects import Subject, feeds_of, onnx_inputs, opened_by, parse_subjects, program_of
+from optfuse.subjects import Subject, opened_by, parse_subjects, program_of
 from tests.backends.nvinfer_examples import builds_ahead
 
 MODEL = """

@@ -34,8 +34,8 @@ REFERENCE = Contender("export as it comes", "onnxruntime")
 
 TOO_SLOW = 10.0
 """Times as long as the reference: what takes longer is left out, because it would take most of the
-time that all have together (PyTorch's float16 on a CPU takes up to 100 times as long), and no
-interval is needed to tell."""
+time that all have together (PyTorch's float16 on a CPU takes up to 55 times as long in
+docs/benchmarks.md), and no interval is needed to tell."""
 
 OTHERS = (
     Contender("eager", "torch"),

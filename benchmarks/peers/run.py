@@ -32,9 +32,10 @@ from optfuse.files import cache_folder, sha256
 from optfuse.float64 import run_float64, torch_threads
 from optfuse.graph import flat_inputs
 from optfuse.load import load
-from optfuse.lower import Lowered, lower
+from optfuse.lower import lower
 from optfuse.measure import Schedule, measure
 from optfuse.optimize import optimize, select
+from optfuse.precision.lowered import Lowered
 from optfuse.precision.plan import Plan, Precision
 from optfuse.roofline import achieved, ceilings
 from optfuse.stages import Artifact, BuildOptions, InputSpec, Measurement, Program, Source

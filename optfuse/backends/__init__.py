@@ -129,6 +129,14 @@ class Backend(Protocol):
             UsageError: it cannot build for `target`, e.g. `sm_90`.
         """
 
+    def check_options(self, options: BuildOptions) -> None:
+        """Called before any work is done; an engine that builds nothing has nothing to say.
+
+        Raises:
+            UsageError: it cannot build here as these options ask for; of targets, see
+                `check_target`.
+        """
+
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
     ) -> list[tuple[Artifact, EngineReport]]:

@@ -129,8 +129,7 @@ class NvinferBackend:
             )
 
     def check_options(self, options: BuildOptions) -> None:
-        """Whether engines can be built here as these options ask for; of targets, see
-        `check_target`.
+        """Whether engines can be built here as these options ask for.
 
         Raises:
             UsageError: they cannot.

@@ -152,6 +152,9 @@ class OnnxRuntime:
     def check_target(self, target: str) -> None:
         """Nothing: there is no build step."""
 
+    def check_options(self, options: BuildOptions) -> None:
+        """Nothing: there is no build step."""
+
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
     ) -> list[tuple[Artifact, EngineReport]]:

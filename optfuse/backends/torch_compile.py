@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optfuse.backends.given import require_here
+from optfuse.backends.given import nothing_bound, require_here
 from optfuse.backends.torch_gpu import GpuProgramBackend
 from optfuse.backends.torch_program import ProgramBackend, ProgramSession, first_line, moved
 from optfuse.errors import EngineError
@@ -132,7 +132,7 @@ class TorchCompileSession(ProgramSession):
         import torch
 
         if self._arguments is None:
-            raise self._nothing_bound()
+            raise nothing_bound(self._engine)
         if self._torch_device.type == "cuda":
             # The results of the last run lie in the memory that this one writes to.
             self._results = []

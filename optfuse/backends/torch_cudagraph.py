@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from optfuse.backends.given import nothing_bound
 from optfuse.backends.torch_gpu import GpuProgramBackend
 from optfuse.backends.torch_program import (
     ProgramSession,
@@ -73,7 +74,7 @@ class TorchCudaGraphSession(ProgramSession):
             EngineError: nothing was bound, or the GPU failed.
         """
         if self._recording is None:
-            raise self._nothing_bound()
+            raise nothing_bound(self._engine)
         self._run(self._play)
 
     def __exit__(

@@ -61,6 +61,10 @@ class ProgramBackend(ABC):
         """Nothing: there is no build step."""
         del target
 
+    def check_options(self, options: BuildOptions) -> None:
+        """Nothing: there is no build step."""
+        del options
+
     def build(
         self, artifact: Artifact, options: BuildOptions, directory: Path
     ) -> list[tuple[Artifact, EngineReport]]:
@@ -148,7 +152,7 @@ class ProgramSession:
             EngineError: PyTorch refused, e.g. a shape the program wasn't captured for.
         """
         if self._arguments is None:
-            raise self._nothing_bound()
+            raise nothing_bound(self._engine)
         self._run(self._graph_module)
 
     def fetch(self) -> list[torch.Tensor]:
@@ -224,9 +228,6 @@ class ProgramSession:
     def _examples(self) -> list[torch.Tensor]:
         """The tensors among the example inputs."""
         return [self._leaves[position] for position in self._tensor_positions]
-
-    def _nothing_bound(self) -> EngineError:
-        return nothing_bound(self._engine)
 
     def _check(self, feeds: Sequence[torch.Tensor]) -> None:
         dtypes = [_short(example.dtype) for example in self._examples()]

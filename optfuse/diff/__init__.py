@@ -26,6 +26,7 @@ from optfuse.diff.references import (
 )
 from optfuse.environment import environment
 from optfuse.errors import OptfuseError, UsageError
+from optfuse.feeds import feeds_of, onnx_inputs, require_in_range
 from optfuse.float64 import random_inputs, torch_threads
 from optfuse.graph import flat_inputs, placeholders
 from optfuse.optimize import optimize, select
@@ -41,15 +42,7 @@ from optfuse.stages import (
     Report,
     silent,
 )
-from optfuse.subjects import (
-    Subject,
-    feeds_of,
-    onnx_inputs,
-    opened_by,
-    parse_subjects,
-    require_in_range,
-    require_runnable,
-)
+from optfuse.subjects import Subject, opened_by, parse_subjects, require_runnable
 
 
 @dataclass(frozen=True)
@@ -207,8 +200,7 @@ def _runs(first: Program | Artifact, request: DiffRequest) -> list[Inputs]:
             seeds = range(request.seed, request.seed + request.samples)
             given = [list(random_inputs(tuple(examples), {}, seed)[0]) for seed in seeds]
     if isinstance(first, Artifact):
-        for tensors in given:
-            require_in_range(first, [tuple(tensor.shape) for tensor in tensors])
+        require_in_range(first, given)
     return [dict(zip(names, tensors, strict=True)) for tensors in given]
 
 

@@ -11,12 +11,13 @@ from torch.utils import _pytree as pytree
 
 from optfuse import backends
 from optfuse.errors import ModelError, UsageError
+from optfuse.feeds import require_in_range
 from optfuse.float64 import run_float64
 from optfuse.layers import compare_file, compare_files, compare_layers, compare_with_float64
 from optfuse.layers.onnx_float64 import run_file_float64
 from optfuse.layers.programs import REFERENCE
 from optfuse.stages import Artifact, BuildOptions, LayerDrifts, Program
-from optfuse.subjects import Subject, program_of, require_in_range
+from optfuse.subjects import Subject, program_of
 
 Inputs = Mapping[str, torch.Tensor]
 """One run's inputs by their names, in the reference's order."""
@@ -76,11 +77,11 @@ def outputs_of(opened: Opened, runs: Sequence[Inputs], threads: int) -> list[Out
     """What its engine gives, run by run."""
     backend = backends.get(opened.subject.engine)
     with backend.open(opened.thing, BuildOptions(threads=threads)) as session:
+        fitted = [_fitted(session.inputs, inputs, opened.name) for inputs in runs]
+        if isinstance(opened.thing, Artifact):
+            require_in_range(opened.thing, fitted)
         found = []
-        for inputs in runs:
-            feeds = _fitted(session.inputs, inputs, opened.name)
-            if isinstance(opened.thing, Artifact):
-                require_in_range(opened.thing, [tuple(feed.shape) for feed in feeds])
+        for feeds in fitted:
             session.bind(feeds)
             session.run()
             tensors, names = session.fetch(), tuple(session.outputs)

@@ -210,7 +210,7 @@ def assemble(
         layers: drift layer by layer, or None where it was not taken.
         ablation: what each pass earned, where that was measured.
         histories: what became of every convolution.
-        precision: what `lower.told` says of it, or None in float32.
+        precision: what `precision.lowered.told` says of it, or None in float32.
         recommendation: what to deploy, where that was asked for.
         builder_findings: engine and target -> what its builder does by itself.
         directory: artifact paths inside it are written relative to it, so that the folder can move.

@@ -28,7 +28,7 @@ from optfuse.backends.tensorrt import BACKEND as TENSORRT
 from optfuse.backends.tensorrt_rtx import BACKEND as RTX
 from optfuse.backends.tensorrt_rtx import check_target
 from optfuse.capture import capture
-from optfuse.errors import EngineError, OutputError, UsageError
+from optfuse.errors import EngineError, OptfuseError, OutputError, UsageError
 from optfuse.export import export_baseline
 from optfuse.stages import Artifact, BuildOptions, InputShapes, InputSpec, LoadedModel
 from tests.backends.nvinfer_examples import (
@@ -59,6 +59,11 @@ def test_other_targets_are_refused(target: str) -> None:
         "Hopper (sm_90). Pass one of them as --target, or use the engine tensorrt on the GPU "
         "itself."
     )
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90"])
+def test_what_builds_for_the_gpu_alone_takes_any_target_until_it_builds(target: str) -> None:
+    TENSORRT.check_target(target)
 
 
 def test_a_target_is_checked_without_importing_an_engine() -> None:
@@ -292,15 +297,11 @@ def test_which_gpus_a_build_for_later_ones_names() -> None:
 
 @builds_ahead
 def test_rtx_has_no_engines_for_later_versions(tmp_path: Path) -> None:
-    options = replace(SM_89, version_compatible=True)
-    with pytest.raises(UsageError) as refused:
-        RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path / "engines")
-    assert str(refused.value) == (
+    assert refused_for_later_versions(UsageError, tmp_path) == (
         "--version-compatible cannot be used with tensorrt-rtx. It loads no engine of an earlier "
         "release, however that was built. Leave the option out, or use the engine tensorrt on the "
         "GPU itself: pip install 'optfuse[gpu]'."
     )
-    assert not (tmp_path / "engines").exists()
 
 
 @builds_ahead
@@ -308,15 +309,20 @@ def test_a_package_without_its_runtime_for_later_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RTX, "later_versions", True)  # it has not that runtime, and says so
-    options = replace(SM_89, version_compatible=True)
-    with pytest.raises(EngineError) as refused:
-        RTX.build(residual_block(tmp_path / "block.onnx"), options, tmp_path / "engines")
-    assert str(refused.value) == (
+    assert refused_for_later_versions(EngineError, tmp_path) == (
         "tensorrt-rtx cannot build block.onnx for sm_89. An engine for later versions carries the "
         "package's lean runtime (libnvinfer_lean), which is not installed. Install it, where "
         "NVIDIA offers it, or leave version compatibility out."
     )
-    assert not (tmp_path / "engines").exists()
+
+
+def refused_for_later_versions(kind: type[OptfuseError], folder: Path) -> str:
+    """What TensorRT-RTX says, which writes nothing."""
+    options = replace(SM_89, version_compatible=True)
+    with pytest.raises(kind) as refused:
+        RTX.build(residual_block(folder / "block.onnx"), options, folder / "engines")
+    assert not (folder / "engines").exists()
+    return str(refused.value)
 
 
 def test_tensorrt_builds_for_later_versions_and_gpus(tmp_path: Path, fake: "FakeTensorRT") -> None:
